@@ -1,0 +1,1 @@
+"""The cluster: the pool, the run's journal, executing a plan."""

@@ -1,0 +1,215 @@
+"""One run: what every verb is given beside its step, and the loop that executes a plan.
+
+The driver holds values only. Each step runs as a Ray task on the driver's node (never on a spot
+node) and starts its own workers; independent steps run at the same time as far as the pool allows.
+"""
+
+import contextlib
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from bar_ray import storage
+from bar_ray.cluster.journal import Journal
+from bar_ray.cluster.pool import Pool, needs
+from bar_ray.graph import VERBS, Planned, Step, key, topological
+from bar_ray.log import duration
+from bar_ray.recipe import Recipe, meaning
+from bar_ray.types import UserError
+
+SAY_WAITING_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Travels with every step: the recipe's machinery and the journal."""
+
+    run_id: str
+    recipe: Recipe
+    journal: Any
+    head: str
+    light_cpus: float = 0.01  # Ray Data workers of a verb that is mostly reading and writing
+
+    @classmethod
+    def start(cls, recipe: Recipe, run_id: str) -> "Run":
+        """Bring up the journal on this node."""
+        head = ray.get_runtime_context().get_node_id()
+        here = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=False)}
+        journal = Journal.options(**here).remote(recipe.storage, run_id)
+        return cls(run_id, recipe, journal, head)
+
+    def fetch(self, step: Step) -> str:
+        """A local, verified folder with the output of a step."""
+        return storage.fetch(step.artifact.uri)
+
+    def locate(self, step: Step, name: str) -> str:
+        """The URI of a data file of the step; `INPUT:path` lies in the artifact of an input."""
+        uri, _ = step.data[name]
+        place, _, path = uri.partition(":")
+        if place in step.inputs:
+            return os.path.join(self.fetch(step.inputs[place]), path)
+        return uri
+
+    @contextlib.contextmanager
+    def output(self, step: Step, info: dict[str, Any] | None = None) -> Iterator[str]:
+        """A folder to write the step's output to; committed as an artifact at the end.
+
+        `info` may be filled inside the block: it goes into the manifest with the lineage.
+        """
+        extra = {} if info is None else info
+        with tempfile.TemporaryDirectory(dir=self._stage_beside(step)) as folder:
+            output = os.path.join(folder, "output")
+            os.mkdir(output)
+            yield output
+            lineage = {
+                "verb": step.verb,
+                "name": step.name,
+                "fingerprint": step.fingerprint,
+                "settings": meaning(step.settings),
+                "inputs": {k: s.artifact.fingerprint for k, s in step.inputs.items()},
+                "data": dict(step.data),
+            }
+            storage.commit(output, step.artifact.uri, {**lineage, **extra})
+
+    def _stage_beside(self, step: Step) -> str | None:
+        """Local outputs are staged on their own file system, so that committing is a rename."""
+        if not storage.is_local(step.artifact.uri):
+            return None
+        staging = os.path.join(storage.local_path(step.storage_uri), "tmp")
+        os.makedirs(staging, exist_ok=True)
+        return staging
+
+    def event(self, event: str, step: Step, **fields: Any) -> None:
+        who = {"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint}
+        self.journal.event.remote(event, **who, **fields)
+
+    def say(self, step: Step, line: str) -> None:
+        self.journal.say.remote(f"{step.name:<10} | {step.verb:<8} | {line}")
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def run_step(step: Step, run: Run) -> None:
+    """Run one verb in a process of its own."""
+    module, function = VERBS[step.verb][0].split(":")
+    getattr(importlib.import_module(module), function)(step, run)
+
+
+class StepFailed(UserError):
+    """One or more steps failed; everything finished is kept."""
+
+
+def execute(planned: list[Planned], run: Run) -> None:
+    """Run what is not reused, inputs first, independent steps at the same time.
+
+    A failed step stops only what depends on it. At the end a `StepFailed` names every failure.
+    """
+    Executor(planned, run).loop()
+
+
+class Executor:
+    """The driver's loop over the plan."""
+
+    def __init__(self, planned: list[Planned], run: Run) -> None:
+        self.run = run
+        self.pool = Pool(ray.cluster_resources)
+        self.todo = {key(p.step): p.step for p in planned if not p.reused}
+        self.waits_for = {
+            place: {key(s) for s in topological([step])} - {place}
+            for place, step in self.todo.items()
+        }
+        self.total = len(self.todo)
+        self.running: dict[Any, tuple[Step, float]] = {}
+        self.failures: list[str] = []
+        self.said_waiting = time.monotonic()
+        # Ray Train's helpers look for "the" cluster of the machine and give up when there are two.
+        self.env = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
+        for p in planned:
+            if p.reused:
+                run.event("reused", p.step)
+
+    def loop(self) -> None:
+        while self.todo or self.running:
+            self._start_ready()
+            if not self.running:
+                break  # what is left depends on something that failed
+            done, _ = ray.wait(list(self.running), timeout=0.5)
+            self._show()
+            for ref in done:
+                self._finish(ref)
+            self._say_waiting()
+        self._show()
+        if self.failures:
+            raise StepFailed("\n".join(self.failures))
+
+    def _ready(self) -> list[Step]:
+        """Steps whose inputs are there, those that most steps wait for first."""
+        unfinished = {*self.todo, *(key(step) for step, _ in self.running.values())}
+        ready = [s for place, s in self.todo.items() if not self.waits_for[place] & unfinished]
+        return sorted(ready, key=lambda step: -self._num_dependents(step))
+
+    def _num_dependents(self, step: Step) -> int:
+        return sum(key(step) in waits for waits in self.waits_for.values())
+
+    def _start_ready(self) -> None:
+        for step in self._ready():
+            if not self.pool.try_lease(key(step), needs(step)):
+                break  # later ones must not overtake: a large stage would wait for ever
+            del self.todo[key(step)]
+            here = NodeAffinitySchedulingStrategy(self.run.head, soft=False)
+            ref = run_step.options(
+                name=f"{step.verb}-{step.name}", scheduling_strategy=here, runtime_env=self.env
+            ).remote(step, self.run)
+            self.running[ref] = (step, time.monotonic())
+            self.run.event("started", step, resources=needs(step))
+
+    def _finish(self, ref: Any) -> None:
+        step, started = self.running.pop(ref)
+        self.pool.release(key(step))
+        seconds = time.monotonic() - started
+        try:
+            ray.get(ref)
+        except (RayError, UserError) as error:
+            self.failures.append(f"{step.label}: {reason_of(error)}")
+            self.run.event("failed", step, seconds=seconds, reason=reason_of(error))
+            self._drop_dependents(step)
+            print(f"failed    {step.label}: {reason_of(error)}", flush=True)
+        else:
+            done = self.total - len(self.todo) - len(self.running) - len(self.failures)
+            self.run.event("finished", step, seconds=seconds)
+            print(
+                f"finished  {step.label} in {duration(seconds)} ({done}/{self.total})", flush=True
+            )
+
+    def _drop_dependents(self, failed: Step) -> None:
+        for place in [p for p in self.todo if key(failed) in self.waits_for[p]]:
+            del self.todo[place]
+
+    def _say_waiting(self) -> None:
+        """Nothing waits in silence."""
+        if time.monotonic() - self.said_waiting < SAY_WAITING_EVERY_S:
+            return
+        self.said_waiting = time.monotonic()
+        running = ", ".join(step.label for step, _ in self.running.values())
+        waiting = ", ".join(step.label for step in self._ready())
+        if waiting:
+            print(f"running {running}; waiting for the pool: {waiting}", flush=True)
+
+    def _show(self) -> None:
+        for line in ray.get(self.run.journal.drain.remote()):
+            print(line, flush=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """The message for a person: the user error inside, or the last line of what went wrong."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, UserError):
+        return str(cause)
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}"

@@ -1,0 +1,127 @@
+"""From a recipe to a finished run: plan, connect, execute, and leave the cluster as it was."""
+
+import os
+import platform
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from bar_ray import storage
+from bar_ray.config import dump
+from bar_ray.graph import Planned, Step, plan, render_plan
+from bar_ray.log import duration
+from bar_ray.recipe import Recipe
+from bar_ray.types import UserError
+
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_maximum_startup_concurrency": "8",  # many light processes on few cores are meant
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def absolute_storage(recipe: Recipe) -> Recipe:
+    """Workers do not share the driver's folder, so a relative storage path is made absolute.
+
+    A submitted job runs in a temporary copy of the project: there, relative means under home.
+    """
+    uri = recipe.storage
+    if not storage.is_local(uri) or os.path.isabs(uri) or "://" in uri:
+        return recipe
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    root = Path.home() if submitted else Path.cwd()
+    return replace(recipe, storage=str(root / uri))
+
+
+def show_plan(targets: Iterable[Step]) -> None:
+    """Say what would run, what would be reused, and why."""
+    print(render_plan(plan(targets)), flush=True)
+
+
+def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
+    """Run what the targets need and storage does not hold yet; returns the run id."""
+    planned = plan(targets)
+    print(render_plan(planned), flush=True)
+    storage.check_writable(recipe.storage)
+    run_id = time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4]
+    _describe(recipe, run_id, planned)
+    num_steps = sum(not p.reused for p in planned)
+    if num_steps:
+        signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` sends it
+        started = time.monotonic()
+        _connect(recipe)
+        _execute(recipe, run_id, planned)
+        print(f"ran {num_steps} steps in {duration(time.monotonic() - started)}", flush=True)
+    return run_id
+
+
+def _describe(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:
+    """The resolved recipe and the plan are kept with the run."""
+    described = {
+        "run_id": run_id,
+        "started": time.time(),
+        "command": sys.argv,
+        "host": platform.node(),
+        "recipe": dump(recipe),
+        "plan": [
+            {
+                **{"verb": p.step.verb, "name": p.step.name},
+                **{"fingerprint": p.step.fingerprint, "reused": p.reused, "reason": p.reason},
+            }
+            for p in planned
+        ],
+    }
+    storage.write_json(storage.join(recipe.storage, "runs", run_id, "run.json"), described)
+
+
+def _connect(recipe: Recipe) -> None:
+    os.environ.update({k: os.environ.get(k, v) for k, v in RAY_ENVIRONMENT.items()})
+    import ray
+    import ray.data
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = recipe.cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        ray.init(
+            address="local",
+            num_cpus=recipe.cluster.num_cpus or None,
+            object_store_memory=int(recipe.cluster.object_store_gib * 2**30),
+            include_dashboard=True,
+            **quiet,
+        )
+    else:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at {address} (cluster.address)") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    url = ray.get_runtime_context().gcs_address
+    total = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+    print(f"ray {ray.__version__} at {url} with {total}", flush=True)
+
+
+def _execute(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:
+    import ray
+
+    from bar_ray.cluster.run import Run, execute
+
+    run = Run.start(recipe, run_id)
+    try:
+        execute(planned, run)
+    finally:
+        for line in ray.get(run.journal.close.remote()):
+            print(line, flush=True)
+        ray.shutdown()
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

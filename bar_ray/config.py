@@ -1,0 +1,287 @@
+"""Reading a recipe: YAML, `key=value` overrides, checks, and the command line of every job.
+
+Nothing here imports torch or ray: `--help` and a wrong key answer at once. Every mistake is a
+`UserError` of one or two lines that names the key and the nearest valid one.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bar_ray.recipe import ROLES, STAGES, Expert, Learn, Recipe, Stage
+from bar_ray.types import UserError
+
+SCHEDULES = ("constant", "linear", "cosine")
+ADVANTAGES = ("centred", "standardised")
+TRANSFERS = ("auto", "shm", "nccl", "ipc")
+DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from YAML, apply `key=value` overrides, check it."""
+    raw = _read_yaml(Path(path))
+    raw["experts"] = _include_experts(raw.get("experts") or {}, Path(path).parent)
+    known_experts = tuple(raw["experts"])
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(raw), _dotlist(overrides))
+        _refuse_new_experts(merged, known_experts, path)
+        _apply_stage_defaults(merged)
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error, path)) from error
+    check(recipe)
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load` accepts."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold keys and values at its top level (see --help)")
+    return raw
+
+
+def _include_experts(experts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An expert given as a string is a YAML file beside the recipe."""
+    return {
+        name: _read_yaml(folder / expert) if isinstance(expert, str) else expert
+        for name, expert in experts.items()
+    }
+
+
+def _dotlist(overrides: Sequence[str]) -> Any:
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"'{item}' is not an override: write key=value, such as seed=1")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
+    for name in merged.experts:
+        if name not in known:
+            hint = nearest(name, known) or f"the experts are {', '.join(known)}"
+            raise UserError(f"experts.{name}: {path} has no expert '{name}'; {hint}")
+
+
+def _apply_stage_defaults(merged: Any) -> None:
+    """`stages.sft` is where every expert's `sft` starts from."""
+    defaults = merged.get("stages") or {}
+    for expert in (merged.get("experts") or {}).values():
+        for stage in STAGES:
+            if expert and expert.get(stage) is not None and defaults.get(stage) is not None:
+                expert[stage] = OmegaConf.merge(defaults[stage], expert[stage])
+
+
+def _one_line(error: OmegaConfBaseException, path: str) -> str:
+    key = getattr(error, "full_key", None)
+    reason = str(error).splitlines()[0]
+    return f"{path}: {key}: {reason}" if key else f"{path}: {reason}"
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """'did you mean x?' or an empty string."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
+def pick(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    """The entry of that name, or an error with the nearest one."""
+    if name not in known:
+        hint = nearest(name, list(known)) or f"there are {', '.join(known)}"
+        raise UserError(f"no {kind} '{name}' in this recipe; {hint}")
+    return known[name]
+
+
+# --- combinations that cannot work ---------------------------------------------------------------
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse impossible combinations before anything starts."""
+    for problem in _problems(recipe):
+        raise UserError(problem)
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    if not recipe.experts:
+        yield "experts: at least one expert is needed"
+    if recipe.tiny is None and not recipe.base.post_trained:
+        yield "base.post_trained: give the dense checkpoint to branch from, or a `tiny` section"
+    if recipe.tiny is not None:
+        yield from _stage_problems("tiny.pretrain", recipe.tiny.pretrain, recipe, dense=True)
+        yield from _stage_problems("tiny.post_train", recipe.tiny.post_train, recipe, dense=True)
+    for name, expert in recipe.experts.items():
+        yield from _expert_problems(f"experts.{name}", expert, recipe)
+    yield from _router_problems(recipe)
+    if not recipe.evaluate.categories:
+        yield "evaluate.categories: at least one category with a test file is needed"
+
+
+def _expert_problems(key: str, expert: Expert, recipe: Recipe) -> Iterator[str]:
+    stages = {name: getattr(expert, name) for name in STAGES}
+    if not any(stages.values()):
+        yield f"{key}: an expert needs at least one stage of {', '.join(STAGES)}"
+    for name, stage in stages.items():
+        if stage is not None:
+            yield from _stage_problems(f"{key}.{name}", stage, recipe)
+    if expert.rlvr is not None:
+        yield from _rlvr_problems(f"{key}.rlvr", expert.rlvr)
+
+
+def _stage_problems(key: str, stage: Stage, recipe: Recipe, dense: bool = False) -> Iterator[str]:
+    if not stage.data:
+        yield f"{key}.data: name at least one dataset, such as {key}.data.{_any(recipe.datasets)}=1"
+    for name, share in stage.data.items():
+        if name not in recipe.datasets:
+            hint = nearest(name, list(recipe.datasets)) or "it is not under `datasets`"
+            yield f"{key}.data: unknown dataset '{name}'; {hint}"
+        if share <= 0:
+            yield f"{key}.data.{name} is {share}; a share must be above 0"
+    if stage.steps <= 0 and stage.epochs <= 0:
+        yield f"{key}: either `steps` or `epochs` must be above 0"
+    for name in ("batch_size", "seq_len"):
+        if getattr(stage, name) <= 0:
+            yield f"{key}.{name} is {getattr(stage, name)}; it must be above 0"
+    if stage.lr <= 0:
+        yield f"{key}.lr is {stage.lr}; it must be above 0"
+    if not 0 <= stage.warmup <= 1:
+        yield f"{key}.warmup is {stage.warmup}; it is a share of the steps, between 0 and 1"
+    yield from _choice(f"{key}.schedule", stage.schedule, SCHEDULES)
+    yield from _choice(f"{key}.dtype", stage.dtype, ("bfloat16", "float32"))
+    yield from _learn_problems(key, stage.learn, DENSE_ROLES if dense else ROLES)
+    if stage.batch_size % stage.run.num_workers:
+        yield (
+            f"{key}: batch_size {stage.batch_size} does not divide by "
+            f"run.num_workers {stage.run.num_workers}"
+        )
+    if stage.run.zero_stage not in (0, 1, 2, 3):
+        yield f"{key}.run.zero_stage is {stage.run.zero_stage}; DeepSpeed has 0, 1, 2 and 3"
+
+
+def _learn_problems(key: str, learn: Learn, roles: Sequence[str]) -> Iterator[str]:
+    rates = {role: getattr(learn, role) for role in ROLES}
+    if not any(rates.values()):
+        yield f"{key}.learn: everything is frozen; give at least one role a rate above 0"
+    for role, rate in rates.items():
+        if rate < 0:
+            yield f"{key}.learn.{role} is {rate}; a learning-rate multiplier is 0 or more"
+        if rate and role not in roles:
+            yield f"{key}.learn.{role}: no {role} to unfreeze here, only {', '.join(roles)}"
+
+
+def _rlvr_problems(key: str, rlvr: Any) -> Iterator[str]:
+    if rlvr.rollout.top_p != 1:
+        yield (
+            f"{key}.rollout.top_p is {rlvr.rollout.top_p}; it must stay 1: truncated sampling "
+            "makes the learner/engine importance ratio wrong"
+        )
+    if rlvr.rollout.temperature <= 0:
+        yield f"{key}.rollout.temperature must be above 0: a group needs different samples"
+    if rlvr.grpo.samples < 2:
+        yield f"{key}.grpo.samples is {rlvr.grpo.samples}; a group needs at least 2 samples"
+    yield from _choice(f"{key}.grpo.advantage", rlvr.grpo.advantage, ADVANTAGES)
+    yield from _choice(f"{key}.rollout.transfer", rlvr.rollout.transfer, TRANSFERS)
+
+
+def _router_problems(recipe: Recipe) -> Iterator[str]:
+    router, num_experts = recipe.router, len(recipe.experts) + 1
+    if not 0 < router.fraction <= 1:
+        yield f"router.fraction is {router.fraction}; it must be above 0 and at most 1"
+    if not 0 <= router.top_k <= num_experts:
+        yield f"router.top_k is {router.top_k}; the merged model has {num_experts} experts"
+    if router.top_k == 1:
+        yield (
+            "router.top_k is 1: with one active expert its gate is normalised away (post-norm "
+            "blocks), so the router gets no gradient; use 2 or more"
+        )
+    yield from _learn_problems("router", router.learn, ("router", "anchor"))
+    yield from _choice("router.schedule", router.schedule, SCHEDULES)
+    sft_sources = {n for e in recipe.experts.values() if e.sft is not None for n in e.sft.data}
+    if not sft_sources:
+        yield "router: no expert has an `sft` stage, so there is no SFT data to sample from"
+    for name in router.data:
+        if name not in recipe.datasets:
+            hint = nearest(name, list(recipe.datasets))
+            yield f"router.data: unknown dataset '{name}'; {hint}"
+
+
+def _choice(key: str, value: str, valid: Sequence[str]) -> Iterator[str]:
+    if value not in valid:
+        yield f"{key} is '{value}'; it must be one of {', '.join(valid)}. {nearest(value, valid)}"
+
+
+def _any(names: dict[str, Any]) -> str:
+    return next(iter(names), "NAME")
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+class Cli:
+    """`python jobs/JOB.py conf/RECIPE.yaml [--flag] [key=value ...]` for every job."""
+
+    def __init__(self, doc: str) -> None:
+        self.parser = argparse.ArgumentParser(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="settings (key=value on the command line or in YAML):\n" + reference(),
+        )
+        self.parser.add_argument("recipe", help="YAML file, such as conf/tiny.yaml")
+        self.parser.add_argument("overrides", nargs="*", metavar="key=value", help="override")
+        self.parser.add_argument(
+            "--plan", action="store_true", help="say what would run or be reused, and stop"
+        )
+
+    def add(self, *names: str, **options: Any) -> "Cli":
+        self.parser.add_argument(*names, **options)
+        return self
+
+    def run(self, main: Callable[[Recipe, argparse.Namespace], None]) -> None:
+        """Parse, load, call `main`; a `UserError` is one message and exit code 2."""
+        args = self.parser.parse_intermixed_args()
+        try:
+            main(load(args.recipe, args.overrides), args)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues from here", file=sys.stderr)
+            sys.exit(130)
+
+
+def reference(section: Any = None, prefix: str = "") -> str:
+    """Every key with its default and meaning, one line each."""
+    section, lines = section or Recipe(), []
+    for setting in fields(section):
+        key, default = prefix + setting.name, getattr(section, setting.name)
+        inner = default if is_dataclass(default) else _optional_dataclass(setting.type)
+        if inner is None:
+            shown = "{}" if default == {} else repr(default)
+            lines.append(f"  {key} = {shown}  # {setting.metadata['doc']}")
+        else:
+            many = ".NAME" if default == {} else ""
+            lines.append(f"  {key}{many}:  # {setting.metadata['doc']}")
+            lines.append(reference(inner, f"{key}{many}."))
+    return "\n".join(lines)
+
+
+def _optional_dataclass(annotation: Any) -> Any:
+    """The dataclass inside `X | None` or `dict[str, X]`, with its defaults; None when none is."""
+    inner = [a for a in getattr(annotation, "__args__", ()) if is_dataclass(a)]
+    return inner[0]() if inner else None

@@ -1,0 +1,1 @@
+"""Data: row formats, chat rendering, packed token shards, mixtures, the stratified sample."""

@@ -1,0 +1,74 @@
+"""Rendering conversations to tokens with the tokenizer's own chat template.
+
+The template marks assistant turns with `{% generation %}`, so the loss mask comes from the template
+and not from searching the text.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from bar_ray.types import UserError
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with a chat template that marks assistant turns."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer in {folder} has no chat template; add chat_template.jinja there"
+        )
+    if "generation" not in tokenizer.chat_template:
+        raise UserError(
+            f"the chat template in {folder} does not mark assistant turns; put "
+            "{% generation %} ... {% endgeneration %} around them, or the loss cannot find them"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {folder} has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list, list]:
+    """Token ids and loss mask (1 on assistant tokens) of a `messages` row."""
+    encoded = tokenizer.apply_chat_template(
+        row["messages"],
+        tools=row.get("tools") or None,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+
+
+def prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """Token ids of a prompt, ready for the assistant's turn."""
+    encoded = tokenizer.apply_chat_template(
+        row["messages"],
+        tools=row.get("tools") or None,
+        add_generation_prompt=True,
+        return_dict=True,
+    )
+    return list(encoded["input_ids"])
+
+
+def plain_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list, list]:
+    """Token ids of raw text closed by the end-of-text token; every token counts in the loss."""
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    return ids, [1] * len(ids)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an assistant turn: end-of-text and the template's end-of-turn."""
+    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """The completion as rewards read it: special tokens kept, end-of-turn removed."""
+    stops = set(stop_ids(tokenizer))
+    kept = [token for token in token_ids if token not in stops]
+    return tokenizer.decode(kept, skip_special_tokens=False).strip()

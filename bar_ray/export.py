@@ -1,0 +1,149 @@
+"""Export: the routed model as `<storage>/model/`, a plain Hugging Face folder with a model card.
+
+The folder is an artifact like any other (`MANIFEST.json` last), but at a fixed place: a new model
+replaces the old one, and the same model with the same card is left alone. Only safetensors and JSON
+go in; nothing executable, nothing that needs remote code.
+
+Left out: keeping a reader on the old model while it is replaced; between the two there is none.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from bar_ray import storage
+from bar_ray.graph import Step
+from bar_ray.pipeline import Pipeline
+from bar_ray.recipe import Recipe
+from bar_ray.report.scores import OVERALL, markdown
+from bar_ray.storage import Manifest
+
+CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("report") / "card.md.j2"
+Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def export(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
+    """Put the routed model at `<storage>/model/` and return the folder that holds its files.
+
+    That is `<storage>/model` itself on a local disk; on an object store it is the folder below it
+    that the manifest names.
+    """
+    target = storage.join(recipe.storage, "model")
+    text = card(pipeline, recipe, scores)
+    manifest = storage.read_manifest(target)
+    if manifest is None or not _is_current(target, manifest, pipeline.bar, text):
+        source = storage.fetch(pipeline.bar.artifact.uri)
+        with tempfile.TemporaryDirectory(dir=_staging(recipe.storage)) as folder:
+            output = Path(folder, "model")
+            output.mkdir()
+            _gather(Path(source), output, text)
+            storage.delete(target)
+            manifest = storage.commit(str(output), target, lineage(pipeline))
+    return storage.join(target, manifest.data)
+
+
+def _is_current(target: str, manifest: Manifest, bar: Step, text: str) -> bool:
+    """Same model, same card, and every file is there in its size."""
+    card_sha256 = manifest.files.get(CARD, {}).get("sha256")
+    if manifest.info.get("fingerprint") != bar.fingerprint:
+        return False
+    if card_sha256 != hashlib.sha256(text.encode()).hexdigest():
+        return False
+    filesystem, path = storage.resolve(storage.join(target, manifest.data))
+    found = filesystem.get_file_info([f"{path}/{name}" for name in manifest.files])
+    return [info.size for info in found] == [f["size"] for f in manifest.files.values()]
+
+
+def _staging(storage_uri: str) -> str | None:
+    """A local model is staged on its own file system, so that committing ends in a rename."""
+    if not storage.is_local(storage_uri):
+        return None
+    folder = os.path.join(storage.local_path(storage_uri), "tmp")
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _gather(source: Path, output: Path, text: str) -> None:
+    """Links to what a checkpoint consists of (committing copies them), and the card."""
+    from bar_ray.model.adopt import KEPT
+
+    for file in sorted(source.iterdir()):
+        if file.name in KEPT or file.suffix == ".safetensors":
+            (output / file.name).symlink_to(file.resolve())
+    generation = output / "generation_config.json"
+    if not generation.exists():
+        config = json.loads((source / "config.json").read_text())
+        ends = {k: v for k, v in config.items() if re.fullmatch("(bos|eos|pad)_token_id", k)}
+        generation.write_text(json.dumps(ends, indent=2, sort_keys=True))
+    (output / CARD).write_text(text)
+
+
+def lineage(pipeline: Pipeline) -> dict[str, Any]:
+    """Which artifacts the model was made from."""
+    experts = {
+        domain: {stage: step.fingerprint for stage, step in stages.items()}
+        for domain, stages in pipeline.stages.items()
+    }
+    return {
+        "verb": "export",
+        "name": "model",
+        "fingerprint": pipeline.bar.fingerprint,
+        "base": pipeline.base.fingerprint,
+        "branch": pipeline.branch.fingerprint,
+        "experts": experts,
+        "merged": pipeline.merged.fingerprint,
+    }
+
+
+def card(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
+    """The model card; the same for the same model and scores."""
+    final, made_from = scores["models"].get("bar", {}), lineage(pipeline)
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="bar_ray",
+            dataset_name=f"{category} (held out)",
+            dataset_config=category,  # results of one dataset and config would be one result
+            metric_type="accuracy",
+            metric_name="percent right",
+            metric_value=round(value, 2),
+        )
+        for category, value in final.items()
+        if category != OVERALL
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["bar", "bar_ray", "flex_olmo", "mixture-of-experts", "modular"],
+        model_name="bar",
+        eval_results=results,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        domains=list(pipeline.stages),
+        lineage=made_from,
+        slots=_slots(made_from),
+        table=markdown(scores) if scores["models"] else "Nothing was scored.",
+        top_k=recipe.router.top_k or len(pipeline.stages) + 1,
+        seed=recipe.seed,
+    ).content
+
+
+def _slots(made_from: dict[str, Any]) -> str:
+    """What each expert of the model is and which steps made it, as a Markdown table."""
+    rows = [("anchor", {verb: made_from[verb] for verb in ("base", "branch")})]
+    rows += made_from["experts"].items()
+    lines = ["| slot | name | made by |", "| ---: | --- | --- |"]
+    for slot, (name, steps) in enumerate(rows):
+        chain = ", ".join(f"{verb} `{fingerprint}`" for verb, fingerprint in steps.items())
+        lines.append(f"| {slot} | {name} | {chain} |")
+    return "\n".join(lines)

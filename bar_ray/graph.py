@@ -1,0 +1,131 @@
+"""The build graph: steps, fingerprints, reuse.
+
+A step's fingerprint is the hash of its verb and version, the settings that decide its result, the
+fingerprints of its inputs and of its data. Its output lives under that fingerprint, so a step whose
+manifest exists is reused, the same command resumes, and one changed setting reruns exactly what
+depends on it. Steps are plain values: planning needs neither torch nor ray.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from bar_ray import storage
+from bar_ray.recipe import meaning
+from bar_ray.types import Artifact
+
+# verb -> (function that runs it, version); raise the version when the output of equal inputs changes
+VERBS: dict[str, tuple[str, int]] = {
+    "world": ("bar_ray.tiny.verbs:world", 1),
+    "init": ("bar_ray.tiny.verbs:init", 1),
+    "tokenise": ("bar_ray.data.tokenise:run", 1),
+    "sample": ("bar_ray.data.sample:run", 1),
+    "train": ("bar_ray.stages.lm:run", 1),
+    "midtrain": ("bar_ray.stages.lm:run", 1),
+    "sft": ("bar_ray.stages.lm:run", 1),
+    "rlvr": ("bar_ray.stages.rlvr:run", 1),
+    "import": ("bar_ray.model.adopt:run", 1),
+    "branch": ("bar_ray.model.branch:run", 1),
+    "merge": ("bar_ray.merge:run", 1),
+    "route": ("bar_ray.route:run", 1),
+    "evaluate": ("bar_ray.evaluate.run:run", 1),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: what to run, on what, and where its output goes.
+
+    `settings` is the setting tree the verb receives; only its meaning is hashed. `data` maps a
+    name to a data URI and its content fingerprint.
+    """
+
+    verb: str
+    name: str
+    settings: Any
+    inputs: Mapping[str, "Step"] = field(default_factory=dict)
+    data: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    storage_uri: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        described = {
+            "verb": self.verb,
+            "version": VERBS[self.verb][1],
+            "settings": meaning(self.settings),
+            "inputs": {key: step.fingerprint for key, step in self.inputs.items()},
+            "data": {key: content for key, (_, content) in self.data.items()},
+        }
+        canonical = json.dumps(described, sort_keys=True, default=str)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        uri = storage.join(self.storage_uri, "artifacts", self.verb, self.name, self.fingerprint)
+        return Artifact(uri, self.fingerprint, self.verb, self.name)
+
+    @property
+    def label(self) -> str:
+        return f"{self.verb} {self.name}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step with the plan's decision and its reason."""
+
+    step: Step
+    reused: bool
+    reason: str
+
+
+def topological(targets: Iterable[Step]) -> list[Step]:
+    """Every step the targets need, inputs first, each once."""
+    ordered: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if key(step) not in ordered:
+            for needed in step.inputs.values():
+                visit(needed)
+            ordered[key(step)] = step
+
+    for target in targets:
+        visit(target)
+    return list(ordered.values())
+
+
+def key(step: Step) -> str:
+    return step.artifact.uri
+
+
+def plan(targets: Iterable[Step]) -> list[Planned]:
+    """What would run and what is reused, inputs first."""
+    planned: dict[str, Planned] = {}
+    for step in topological(targets):
+        reused = storage.read_manifest(step.artifact.uri) is not None
+        stale = [s.label for s in step.inputs.values() if not planned[key(s)].reused]
+        planned[key(step)] = Planned(step, reused, _reason(step, reused, stale))
+    return list(planned.values())
+
+
+def _reason(step: Step, reused: bool, stale: list[str]) -> str:
+    if reused:
+        return "finished"
+    if stale:
+        return f"needs {', '.join(stale[:3])}{' ...' if len(stale) > 3 else ''}"
+    siblings = storage.join(step.storage_uri, "artifacts", step.verb, step.name)
+    return "settings, data or inputs changed" if storage.exists(siblings) else "never ran"
+
+
+def render_plan(planned: list[Planned]) -> str:
+    """The plan as a table for people."""
+    width = max(len(p.step.label) for p in planned)
+    lines = [
+        f"  {'reuse' if p.reused else 'run  '}  {p.step.label:<{width}}  "
+        f"{p.step.fingerprint}  {p.reason}"
+        for p in planned
+    ]
+    runs = sum(not p.reused for p in planned)
+    return "\n".join([*lines, f"{runs} to run, {len(planned) - runs} reused"])

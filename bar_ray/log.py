@@ -1,0 +1,33 @@
+"""How progress reads: one line per step with fixed columns, and durations for people."""
+
+from typing import Any
+
+COLUMNS = {
+    "loss": "loss {:.4f}",
+    "reward": "reward {:.3f}",
+    "gap": "gap {:.1e}",
+    "lr": "lr {:.1e}",
+    "grad_norm": "norm {:.2f}",
+    "tokens_per_s": "{:,.0f} tok/s",
+}
+
+
+def step_line(record: dict[str, Any]) -> str:
+    """`math     | rlvr     |  12/60  | loss 0.4127 | reward 0.612 | ... | eta 1m52s`."""
+    parts = [f"{record['name']:<10}", f"{record['verb']:<8}"]
+    width = len(str(record["steps"]))
+    parts.append(f"{record['step']:>{width}}/{record['steps']}")
+    parts += [form.format(record[name]) for name, form in COLUMNS.items() if name in record]
+    if "eta_s" in record:
+        parts.append(f"eta {duration(record['eta_s'])}")
+    return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `3m05s`, `2h07m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,1 @@
+"""Models: branching, expert surgery, the freeze table, tensors on disk."""

@@ -1,0 +1,33 @@
+"""The `import` verb: a dense Hugging Face checkpoint from anywhere becomes an artifact.
+
+Only what a checkpoint needs is taken (safetensors, config, tokenizer), so nothing executable
+enters, and from here on every byte is known by its hash.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bar_ray import storage
+from bar_ray.model import tensors
+from bar_ray.model.tensors import Checkpoint
+
+KEPT = ("config.json", "model.safetensors.index.json", *tensors.SIDE_FILES)
+
+
+def run(step: Any, run: Any) -> None:
+    """Data: `checkpoint`, a folder of safetensors, config and tokenizer."""
+    uri, _ = step.data["checkpoint"]
+    with run.output(step) as folder:
+        for file in storage.list_files(uri):
+            name = file.split("?")[0].rsplit("/", 1)[-1]
+            if name in KEPT or name.endswith(".safetensors"):
+                copy(file, Path(folder, name))
+        Checkpoint(folder)  # refuses what is not whole
+
+
+def copy(uri: str, target: Path) -> None:
+    """Stream one file from any storage to a local path."""
+    filesystem, path = storage.resolve(uri)
+    with filesystem.open_input_stream(path) as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, 16 * 2**20)

@@ -1,0 +1,97 @@
+"""Branch: a two-expert MoE from two dense checkpoints (BAR, section "Branch").
+
+The post-trained dense model gives the anchor FFN (expert 0) and every shared weight; the pretrained
+one gives the FFN that the expert (expert 1) starts from. The new router is small normal noise: with
+both FFNs equal and k = E any router reproduces the dense model, because the gates sum to one and
+each block's norm follows the MoE.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from bar_ray.model import tensors
+from bar_ray.model.tensors import Checkpoint, Spec
+from bar_ray.types import UserError
+
+DENSE_FFN = ("gate_proj", "up_proj", "down_proj")
+
+
+def run(step, run) -> None:
+    """The `branch` verb: inputs `post_trained` and `pretrained`, output a FlexOlmo folder."""
+    post = Checkpoint(run.fetch(step.inputs["post_trained"]))
+    pre = Checkpoint(run.fetch(step.inputs["pretrained"]))
+    with run.output(step) as folder:
+        branch(post, pre, folder, step.settings["router_std"], step.settings["seed"])
+
+
+def branch(post: Checkpoint, pre: Checkpoint, folder: str, std: float, seed: int) -> None:
+    """Write the two-expert model to `folder`; shapes must agree, embeddings must be untied."""
+    _check(post, pre)
+    num_layers, width = post.config["num_hidden_layers"], post.config["hidden_size"]
+    specs: dict[str, Spec] = {}
+    sources: dict[str, tuple[Checkpoint, str]] = {}
+    for name in post.names:
+        if ".mlp." in name:
+            for expert, dense in enumerate((post, pre)):
+                stacked = name.replace(".mlp.", f".mlp.experts.{expert}.")
+                sources[stacked] = (dense, name)
+                specs[stacked] = post.spec(name)
+        else:
+            sources[name], specs[name] = (post, name), post.spec(name)
+    dtype = next(iter(specs.values())).dtype
+    routers = _routers(num_layers, width, std, seed)
+    specs.update({name: Spec(dtype, (2, width)) for name in routers})
+
+    def tensor(name: str) -> torch.Tensor:
+        if name in routers:
+            return routers[name]
+        dense, dense_name = sources[name]
+        return dense[dense_name]
+
+    tensors.write(folder, moe_config(post.config, 2), specs, tensor, side_files=post.folder)
+
+
+def _routers(num_layers: int, width: int, std: float, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"model.layers.{layer}.mlp.gate.weight": torch.randn(2, width, generator=generator) * std
+        for layer in range(num_layers)
+    }
+
+
+def moe_config(dense: dict, num_experts: int) -> dict:
+    """The FlexOlmo config of a dense Olmo2 config.
+
+    `rope_parameters` is copied: the defaults of the two differ, and a wrong theta is silent.
+    """
+    from transformers import FlexOlmoConfig, Olmo2Config
+
+    parsed = Olmo2Config(**dense).to_dict()
+    kept = set(FlexOlmoConfig().to_dict()) - {"model_type", "architectures", "transformers_version"}
+    values = {name: value for name, value in parsed.items() if name in kept}
+    config = FlexOlmoConfig(
+        **values, num_experts=num_experts, num_experts_per_tok=num_experts, norm_topk_prob=False
+    )
+    config.architectures = ["FlexOlmoForCausalLM"]
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def _check(post: Checkpoint, pre: Checkpoint) -> None:
+    for dense in (post, pre):
+        if dense.config.get("model_type") != "olmo2":
+            raise UserError(
+                f"{dense.folder} is a '{dense.config.get('model_type')}' model; branching takes "
+                "dense Olmo2 checkpoints (model_type 'olmo2')"
+            )
+        if dense.config.get("tie_word_embeddings"):
+            raise UserError(f"{dense.folder} ties its embeddings to its LM head; untie them first")
+    if missing := set(post.names) ^ set(pre.names):
+        raise UserError(
+            f"{post.folder} and {pre.folder} do not hold the same tensors "
+            f"(such as {sorted(missing)[0]}); both must be of one family"
+        )
+    tensors.same_specs(post, pre, post.names)
+    if not (Path(post.folder) / "tokenizer_config.json").exists():
+        raise UserError(f"{post.folder} has no tokenizer; the post-trained checkpoint needs one")

@@ -1,0 +1,147 @@
+"""Models in training: Hugging Face models whose experts are separate parameters.
+
+Hugging Face stacks all experts of a layer in one Parameter, so one expert cannot be frozen: the
+anchor would get a gradient, a weight-gradient GEMM and optimizer state. `load` swaps each MoE block
+from outside for `SplitMoe`, whose parameter names are the names on disk (router rows apart), and
+`save` writes them back byte for byte.
+
+Shapes: B batch, T tokens, D model width, E experts, N = B*T.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from bar_ray.model import tensors
+from bar_ray.model.tensors import Checkpoint, Spec
+
+
+class ExpertFfn(nn.Module):
+    """One SwiGLU FFN."""
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.act_fn = ACT2FN[activation]
+
+    def forward(self, x_ND: torch.Tensor, gate_N1: torch.Tensor) -> torch.Tensor:
+        # The gate is applied before the down projection: its gradient needs no output of the FFN.
+        hidden = self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND)
+        return self.down_proj(hidden * gate_N1)
+
+
+class SplitRouter(nn.Module):
+    """The router, one Parameter per expert, so that rows can be frozen one by one."""
+
+    def __init__(self, num_experts: int, width: int) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList(nn.Parameter(torch.empty(width)) for _ in range(num_experts))
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_ND, torch.stack(list(self.rows)))
+
+
+class SplitMoe(nn.Module):
+    """A FlexOlmo MoE block over separate experts: softmax over all, the top k kept, not renormed.
+
+    With k = E nothing is routed: each expert is a dense FFN with a per-token gate. With k < E the
+    gates of the others are zero (every expert still runs). `logits` keeps the last router logits
+    [N, E] for the z-loss and for measuring the load.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        num_experts = config.num_local_experts
+        self.top_k = config.num_experts_per_tok
+        self.gate = SplitRouter(num_experts, config.hidden_size)
+        self.experts = nn.ModuleList(
+            ExpertFfn(config.hidden_size, config.intermediate_size, config.hidden_act)
+            for _ in range(num_experts)
+        )
+        self.logits: torch.Tensor | None = None
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        self.logits = self.gate(x_ND)
+        gates_NE = gate_weights(self.logits, self.top_k).to(x_ND.dtype)
+        out = sum(expert(x_ND, gates_NE[:, e : e + 1]) for e, expert in enumerate(self.experts))
+        return out.reshape(x_BTD.shape)
+
+
+def gate_weights(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """softmax over all experts in fp32, zero outside the top k."""
+    probs_NE = torch.softmax(logits_NE.float(), dim=-1)
+    if top_k == probs_NE.shape[-1]:
+        return probs_NE
+    kept = torch.topk(probs_NE, top_k, dim=-1).indices
+    return torch.zeros_like(probs_NE).scatter(1, kept, probs_NE.gather(1, kept))
+
+
+def moe_blocks(model: PreTrainedModel) -> list[SplitMoe]:
+    return [m for m in model.modules() if isinstance(m, SplitMoe)]
+
+
+def load(folder: str | Path, dtype: torch.dtype, top_k: int = 0) -> PreTrainedModel:
+    """A model ready for training: dense as it is, MoE with separate experts.
+
+    `top_k` replaces the checkpoint's number of active experts when it is not 0.
+    """
+    checkpoint = Checkpoint(folder)
+    if checkpoint.config["model_type"] != "flex_olmo":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_experts_per_tok = top_k or config.num_experts_per_tok
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for layer in model.model.layers:
+            layer.mlp = SplitMoe(config).to(dtype)
+    rotary = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = rotary
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_stored(checkpoint, name))
+    return model
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    if match := tensors.ROUTER_ROW.search(name):
+        return checkpoint[disk_name(name)][int(match.group(1))]
+    return checkpoint[name]
+
+
+def disk_name(name: str) -> str:
+    """`...mlp.gate.rows.E` is row E of `...mlp.gate.weight`; every other name is its own."""
+    return tensors.ROUTER_ROW.sub(".mlp.gate.weight", name)
+
+
+def stack_routers(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by parameter name -> tensors by name on disk."""
+    stacked: dict[str, torch.Tensor] = {}
+    rows: dict[str, dict[int, torch.Tensor]] = {}
+    for name, value in named.items():
+        if match := tensors.ROUTER_ROW.search(name):
+            rows.setdefault(disk_name(name), {})[int(match.group(1))] = value
+        else:
+            stacked[name] = value
+    for name, by_expert in rows.items():
+        stacked[name] = torch.stack([by_expert[e] for e in sorted(by_expert)])
+    return stacked
+
+
+def disk_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every tensor of the model under its name on disk."""
+    return stack_routers({name: p.detach() for name, p in model.named_parameters()})
+
+
+def save(model: PreTrainedModel, folder: str | Path, side_files: str | Path | None) -> None:
+    """Write the model as a Hugging Face folder; `side_files` is where its tokenizer lies."""
+    stored = {name: value.cpu() for name, value in disk_tensors(model).items()}
+    specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in stored.items()}
+    tensors.write(folder, model.config.to_dict(), specs, stored.__getitem__, side_files)

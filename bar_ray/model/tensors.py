@@ -1,0 +1,195 @@
+"""Tensors on disk: roles by name, lazy reading, streaming writing.
+
+Checkpoints are plain Hugging Face folders of safetensors. Reading maps files into memory and
+writing goes tensor by tensor, so no step here ever holds a model. Names are the ones on disk:
+`model.layers.N.mlp.experts.E.gate_proj.weight` and `model.layers.N.mlp.gate.weight` [E, D].
+"""
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bar_ray.types import UserError
+
+SHARD_BYTES = 5 * 2**30
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+ROUTER_ROW = re.compile(r"\.mlp\.gate\.rows\.(\d+)$")
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def role_of(name: str) -> str:
+    """The role of a tensor: embedding, attention, norm, lm_head, anchor, expert or router.
+
+    Expert 0 and its router row are the anchor. Of a dense model the FFN is the expert. The stacked
+    router of a file holds every row and counts as `router`.
+    """
+    if match := EXPERT.search(name) or ROUTER_ROW.search(name):
+        if match.group(1) == "0":
+            return "anchor"
+        return "expert" if ".experts." in name else "router"
+    if name.endswith("mlp.gate.weight"):
+        return "router"
+    if ".mlp." in name:
+        return "expert"
+    if ".self_attn." in name:
+        return "attention"
+    if "embed_tokens" in name:
+        return "embedding"
+    if name.startswith("lm_head"):
+        return "lm_head"
+    if "norm" in name:
+        return "norm"
+    raise ValueError(f"no role for tensor {name}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Type and shape of a tensor that is still to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Checkpoint:
+    """A Hugging Face folder, read lazily: names, specs, one tensor at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = self._read_config()
+        self._files = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                handle = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise UserError(
+                    f"{path} is not a whole safetensors file ({error}); copy it again"
+                ) from error
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+        if not self._files:
+            raise UserError(f"{self.folder} has no safetensors files, so it is no checkpoint")
+
+    def _read_config(self) -> dict:
+        try:
+            return json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} has no readable config.json: {error}") from error
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._files:
+            raise UserError(f"{self.folder} has no tensor {name}")
+        return self._files[name].get_tensor(name)
+
+    def spec(self, name: str) -> Spec:
+        view = self._files[name].get_slice(name)
+        dtype = {v: k for k, v in DTYPES.items()}.get(view.get_dtype())
+        if dtype is None:
+            raise UserError(f"{self.folder}: {name} is {view.get_dtype()}; use F32, BF16 or F16")
+        return Spec(dtype, tuple(view.get_shape()))
+
+
+def write(
+    folder: str | Path,
+    config: dict,
+    specs: Mapping[str, Spec],
+    tensor: Callable[[str], torch.Tensor],
+    side_files: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder, asking for one tensor at a time.
+
+    `side_files` is the folder that tokenizer, chat template and generation config are copied from.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(specs, shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: specs[name] for name in names}, tensor)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(spec.num_bytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    if side_files is not None:
+        copy_side_files(side_files, folder)
+
+
+def copy_side_files(source: str | Path, target: str | Path) -> None:
+    """Tokenizer, chat template and generation config, those that are there."""
+    for name in SIDE_FILES:
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def _shards(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in specs:
+        if shards[-1] and size + specs[name].num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += specs[name].num_bytes
+    return shards
+
+
+def write_safetensors(
+    path: Path, specs: Mapping[str, Spec], tensor: Callable[[str], torch.Tensor]
+) -> None:
+    """One safetensors file, tensor by tensor (format: u64 header length, JSON header, bytes)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + spec.num_bytes
+        header[name] = {
+            "dtype": DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, spec in specs.items():
+            value = tensor(name).to(spec.dtype).contiguous()
+            if tuple(value.shape) != spec.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, not {spec.shape}")
+            file.write(value.view(-1).view(torch.uint8).numpy().data)
+
+
+def same_specs(first: Checkpoint, second: Checkpoint, names: Iterable[str]) -> None:
+    """Refuse two checkpoints whose tensors differ in shape."""
+    for name in names:
+        ours, theirs = first.spec(name).shape, second.spec(name).shape
+        if ours != theirs:
+            raise UserError(
+                f"{name} is {list(ours)} in {first.folder} but {list(theirs)} in {second.folder}; "
+                "both checkpoints must be of one family and size"
+            )

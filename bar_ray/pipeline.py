@@ -1,0 +1,181 @@
+"""The whole method, as a build graph.
+
+    base -> branch -> adapt (midtrain | sft | rlvr)* -> merge -> route -> evaluate
+            \\______ once per expert, in parallel ____/  \\__ cheap, rerun at every upgrade
+
+Nothing runs here: `build` says what depends on what, `cluster.run.execute` runs what is not there
+yet.
+"""
+
+from dataclasses import dataclass
+
+from bar_ray import registry, storage
+from bar_ray.graph import Step, topological
+from bar_ray.recipe import STAGES, Expert, Recipe, Stage
+from bar_ray.registry import Version
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Every step of a recipe by what it is for."""
+
+    base: Step
+    branch: Step
+    stages: dict[str, dict[str, Step]]  # domain -> stage -> step, in order
+    merged: Step
+    bar: Step
+    scores: dict[str, Step]  # model name -> its evaluation
+
+    @property
+    def experts(self) -> dict[str, Step]:
+        """Each domain's finished expert."""
+        return {domain: list(stages.values())[-1] for domain, stages in self.stages.items()}
+
+    @property
+    def targets(self) -> list[Step]:
+        return [self.bar, *self.scores.values()]
+
+
+def build(recipe: Recipe) -> Pipeline:
+    """The build graph of a recipe."""
+    graph = Builder(recipe)
+    base, pretrained = graph.dense()
+    branch = graph.step(
+        "branch",
+        "base",
+        {"router_std": recipe.base.router_std, "seed": recipe.seed},
+        {"post_trained": base, "pretrained": pretrained},
+    )
+    stages = {name: graph.adapt(name, expert, branch) for name, expert in recipe.experts.items()}
+    experts = {f"expert:{name}": list(done.values())[-1] for name, done in stages.items()}
+    merged = graph.step("merge", "merged", recipe.merge, {"base": branch, **experts})
+    bar = graph.route(merged)
+
+    models = {"base": base, "merged": merged, "bar": bar}
+    for domain, done in stages.items():
+        scored = done if recipe.evaluate.every_stage else dict([list(done.items())[-1]])
+        models.update({f"{domain} {stage}": step for stage, step in scored.items()})
+    scores = {name: graph.evaluate(name, model) for name, model in models.items()}
+    return Pipeline(base, branch, stages, merged, bar, scores)
+
+
+def publish(graph: Pipeline, recipe: Recipe, scores: dict) -> None:
+    """Enter each finished expert in the registry, with its lineage and scores."""
+    for domain, expert in graph.experts.items():
+        lineage = tuple(f"{s.verb} {s.name} {s.fingerprint}" for s in topological([expert]))
+        model = f"{domain} {expert.verb}"
+        place = expert.artifact.uri.removeprefix(recipe.storage).lstrip("/")
+        version = Version(place, expert.fingerprint, lineage, scores["models"].get(model, {}))
+        registry.publish(recipe.storage, domain, version)
+
+
+def evaluate_folder(recipe: Recipe, uri: str) -> Step:
+    """The evaluation of a checkpoint from anywhere."""
+    graph = Builder(recipe)
+    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    return graph.evaluate(name, graph.imported(name, uri))
+
+
+class Builder:
+    """Makes steps of one recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokenizer: Step | None = None
+        self.world: Step | None = None
+        if recipe.tiny is not None:
+            self.world = self.step("world", "tiny", {"seed": recipe.seed}, {})
+
+    def step(self, verb: str, name: str, settings: object, inputs: dict, data=None) -> Step:
+        return Step(verb, name, settings, inputs, data or {}, self.recipe.storage)
+
+    def dense(self) -> tuple[Step, Step]:
+        """The post-trained base and the pretrained one: imported, or trained in the small world.
+
+        Whichever comes first brings the tokenizer of the whole run.
+        """
+        base, tiny = self.recipe.base, self.recipe.tiny
+        if tiny is None:
+            post = self.tokenizer = self.imported("post_trained", base.post_trained)
+            return post, self.imported("pretrained", base.pretrained) if base.pretrained else post
+        untrained = self.tokenizer = self.step("init", "tiny", {"seed": self.recipe.seed}, {})
+        pretrained = self.lm("train", "pretrained", tiny.pretrain, untrained, "text")
+        return self.lm("train", "base", tiny.post_train, pretrained, "messages"), pretrained
+
+    def imported(self, name: str, uri: str) -> Step:
+        data = {"checkpoint": (uri, storage.fingerprint_files(uri))}
+        return self.step("import", name, {}, {}, data)
+
+    def adapt(self, domain: str, expert: Expert, branch: Step) -> dict[str, Step]:
+        """One expert through its stages."""
+        done: dict[str, Step] = {}
+        model = branch
+        for name in STAGES:
+            stage = getattr(expert, name)
+            if stage is None:
+                continue
+            if name == "rlvr":
+                model = self.rlvr(domain, stage, model)
+            else:
+                kind = "text" if name == "midtrain" else "messages"
+                model = self.lm(name, domain, stage, model, kind)
+            done[name] = model
+        return done
+
+    def lm(self, verb: str, name: str, stage: Stage, model: Step, kind: str) -> Step:
+        """A language-model stage on a mixture of tokenised datasets."""
+        tokens = {f"data:{d}": self.tokenise(d, kind, stage.seq_len) for d in stage.data}
+        settings = {"stage": stage, "shares": dict(stage.data), "seed": self.recipe.seed}
+        return self.step(verb, name, settings, {"model": model, **tokens})
+
+    def tokenise(self, dataset: str, kind: str, seq_len: int) -> Step:
+        rows, world = self.located(self.recipe.datasets[dataset])
+        settings = {"kind": kind, "seq_len": seq_len}
+        inputs = {"tokenizer": self.tokenizer, **world}
+        return self.step("tokenise", f"{dataset}-{seq_len}", settings, inputs, {"rows": rows})
+
+    def located(self, uri: str) -> tuple[tuple[str, str], dict[str, Step]]:
+        """(URI, content fingerprint) of a dataset, and the world's step when it is from there."""
+        if uri.startswith("tiny:") and self.world is not None:
+            return (uri, uri), {"tiny": self.world}
+        return (uri, storage.fingerprint_files(uri)), {}
+
+    def rlvr(self, domain: str, stage: Stage, model: Step) -> Step:
+        data, inputs = self._many({name: self.recipe.datasets[name] for name in stage.data})
+        settings = {"stage": stage, "seed": self.recipe.seed}
+        return self.step("rlvr", domain, settings, {"model": model, **inputs}, data)
+
+    def _many(self, uris: dict[str, str]) -> tuple[dict, dict]:
+        data, inputs = {}, {}
+        for name, uri in uris.items():
+            data[name], world = self.located(uri)
+            inputs.update(world)
+        return data, inputs
+
+    def route(self, merged: Step) -> Step:
+        """Router training on a stratified sample of every SFT source."""
+        router = self.recipe.router
+        sources = list(router.data) or sorted(
+            {name for e in self.recipe.experts.values() if e.sft for name in e.sft.data}
+        )
+        data, inputs = self._many({name: self.recipe.datasets[name] for name in sources})
+        settings = {"fraction": router.fraction, "seed": self.recipe.seed}
+        sample = self.step("sample", "router", settings, inputs, data)
+        tokens = {f"data:{name}": self.tokenise_sample(name, sample) for name in sources}
+        shares = {name: router.data.get(name, 1.0) for name in sources}
+        route_settings = {
+            **{"stage": router, "shares": shares, "seed": self.recipe.seed},
+            "top_k": router.top_k,
+        }
+        return self.step("route", "bar", route_settings, {"model": merged, **tokens})
+
+    def tokenise_sample(self, source: str, sample: Step) -> Step:
+        settings = {"kind": "messages", "seq_len": self.recipe.router.seq_len}
+        inputs = {"tokenizer": self.tokenizer, "sample": sample}
+        rows = {"rows": (f"sample:{source}.jsonl", source)}
+        return self.step("tokenise", f"router-{source}", settings, inputs, rows)
+
+    def evaluate(self, name: str, model: Step) -> Step:
+        data, inputs = self._many(self.recipe.evaluate.categories)
+        inputs = {"model": model, **inputs}
+        return self.step("evaluate", name.replace(" ", "-"), self.recipe.evaluate, inputs, data)

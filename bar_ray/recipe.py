@@ -1,0 +1,265 @@
+"""Every setting of bar_ray, on one page.
+
+A recipe is read from YAML with `key=value` overrides (`config.py`) into these frozen dataclasses.
+Fields marked `how` say how a step is run (workers, micro-batches, where things are stored), not
+what it computes: they are left out of fingerprints, so changing them never makes an artifact
+stale.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+def what(default: Any, doc: str) -> Any:
+    """A setting that changes the result."""
+    return _setting(default, doc, how=False)
+
+
+def how(default: Any, doc: str) -> Any:
+    """A setting that changes only how the result is reached."""
+    return _setting(default, doc, how=True)
+
+
+def _setting(default: Any, doc: str, *, how: bool) -> Any:
+    metadata = {"doc": doc, "how": how}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Learn:
+    """The freeze table of a stage: each role's learning rate as a multiple of the stage's `lr`.
+
+    0 freezes the role. `anchor` is the anchor FFN with its router row; `router` is every other row.
+    """
+
+    embedding: float = what(0.0, "token embeddings")
+    attention: float = what(0.0, "q, k, v, o projections and q/k norms")
+    norm: float = what(0.0, "the norms of the blocks and the final norm")
+    lm_head: float = what(0.0, "the output projection")
+    anchor: float = what(0.0, "the anchor FFN and its router row; 0 in the published recipe")
+    expert: float = what(0.0, "the expert FFNs (of a dense model: its FFN)")
+    router: float = what(0.0, "the router rows of the experts")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a training stage is run."""
+
+    num_workers: int = how(1, "Ray Train workers (data-parallel ranks)")
+    cpus_per_worker: float = how(1.0, "CPUs asked for each worker")
+    gpus_per_worker: float = how(0.0, "GPUs asked for each worker")
+    threads: int = how(1, "torch threads of a worker on CPU")
+    micro_batch: int = how(8, "rows in one forward pass of one worker")
+    zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 3")
+    activation_checkpointing: bool = how(False, "recompute activations in the backward pass")
+    checkpoint_every: int = how(100, "steps between checkpoints")
+    max_failures: int = how(3, "worker failures survived before the stage fails")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every training stage has."""
+
+    data: dict[str, float] = what(dict, "mixture: dataset name -> share of the rows of a batch")
+    steps: int = what(0, "optimizer steps; 0 takes them from `epochs`")
+    epochs: float = what(2.0, "passes over the mixture when `steps` is 0")
+    batch_size: int = what(64, "packed rows in a global batch, whatever the number of workers")
+    seq_len: int = what(4096, "tokens in a packed row")
+    dtype: str = what("bfloat16", "weights and activations in training: bfloat16 or float32")
+    lr: float = what(1e-4, "peak learning rate")
+    schedule: str = what("linear", "learning-rate schedule: constant, linear (to 0) or cosine")
+    warmup: float = what(0.03, "share of the steps with a rising learning rate")
+    weight_decay: float = what(0.0, "AdamW weight decay")
+    beta2: float = what(0.95, "AdamW second-moment decay")
+    grad_clip: float = what(1.0, "maximum gradient norm; 0 turns clipping off")
+    router_z_loss: float = what(0.0, "weight of mean(logsumexp(router logits)^2)")
+    learn: Learn = what(Learn, "freeze table: role -> learning-rate multiplier")
+    run: Run = how(Run, "how the stage is run")
+
+
+@dataclass(frozen=True)
+class Dense(Stage):
+    """Training a whole dense model: the base of the small world, and the dense baselines."""
+
+    learn: Learn = what(
+        lambda: Learn(embedding=1.0, attention=1.0, norm=1.0, lm_head=1.0, expert=1.0),
+        "freeze table",
+    )
+
+
+@dataclass(frozen=True)
+class Midtrain(Stage):
+    """Continued pretraining of one expert on raw text (paper: frozen but expert and router row)."""
+
+    schedule: str = what("cosine", "learning-rate schedule: constant, linear (to 0) or cosine")
+    learn: Learn = what(lambda: Learn(expert=1.0, router=1.0), "freeze table")
+
+
+@dataclass(frozen=True)
+class Sft(Stage):
+    """Supervised finetuning on `messages`; only assistant tokens count in the loss."""
+
+    learn: Learn = what(
+        lambda: Learn(expert=1.0, router=1.0, embedding=1.0, lm_head=1.0), "freeze table"
+    )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The engines that sample completions."""
+
+    max_tokens: int = what(4096, "longest completion, tokens")
+    temperature: float = what(1.0, "sampling temperature, applied in the learner too")
+    top_p: float = what(1.0, "must stay 1: truncated sampling biases the importance ratio")
+    num_engines: int = how(1, "vLLM engines, each in its own actor and placement group")
+    tensor_parallel: int = how(1, "GPUs of one engine")
+    cpus_per_engine: float = how(1.0, "CPUs asked for each engine")
+    gpus_per_engine: float = how(0.0, "GPUs asked for each engine")
+    threads: int = how(1, "OpenMP threads of an engine on CPU")
+    max_num_seqs: int = how(256, "sequences an engine decodes at once")
+    kv_cache_gib: float = how(1.0, "KV cache of one engine on CPU, GiB")
+    transfer: str = how("auto", "weight transfer: shm, nccl, ipc, or auto by device")
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """The policy loss (DeepSeekMath GRPO with the changes of DAPO and Dr.GRPO)."""
+
+    samples: int = what(8, "completions per prompt (the group)")
+    clip_low: float = what(0.2, "lower clip of the probability ratio")
+    clip_high: float = what(0.272, "upper clip of the probability ratio")
+    advantage: str = what("centred", "centred (reward - group mean) or standardised (and / std)")
+    tis_cap: float = what(
+        2.0, "cap of truncated importance sampling, learner over engine; 0 is off"
+    )
+    canary_tolerance: float = how(0.05, "largest learner/engine log-probability gap after a sync")
+
+
+@dataclass(frozen=True)
+class Rlvr(Stage):
+    """Reinforcement learning with verifiable rewards; `batch_size` counts prompts."""
+
+    schedule: str = what("constant", "learning-rate schedule: constant, linear (to 0) or cosine")
+    warmup: float = what(0.0, "share of the steps with a rising learning rate")
+    learn: Learn = what(
+        lambda: Learn(expert=1.0, router=1.0, embedding=1.0, lm_head=1.0, attention=1.0, norm=1.0),
+        "freeze table",
+    )
+    rollout: Rollout = what(Rollout, "sampling")
+    grpo: Grpo = what(Grpo, "policy loss")
+
+
+@dataclass(frozen=True)
+class Router(Stage):
+    """Training only the router of the merged model on a stratified sample of the SFT data."""
+
+    fraction: float = what(0.05, "share of every SFT source that is sampled")
+    top_k: int = what(0, "experts active per token; 0 is all of them")
+    learn: Learn = what(lambda: Learn(anchor=0.0, router=1.0), "only `router` may learn")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The dense checkpoints that every expert branches from; of one family, with one tokenizer."""
+
+    post_trained: str = what("", "gives the anchor FFN, all shared weights and the tokenizer")
+    pretrained: str = what("", "gives the FFN the expert starts from; empty: the post-trained one")
+    router_std: float = what(0.02, "standard deviation of the new router's weights")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One domain and the stages it goes through; a stage left out is skipped."""
+
+    midtrain: Midtrain | None = what(None, "continued pretraining on raw domain text")
+    sft: Sft | None = what(None, "supervised finetuning")
+    rlvr: Rlvr | None = what(None, "reinforcement learning with verifiable rewards")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Settings that every expert's stage of that kind starts from."""
+
+    midtrain: Midtrain | None = what(None, "defaults of every `midtrain`")
+    sft: Sft | None = what(None, "defaults of every `sft`")
+    rlvr: Rlvr | None = what(None, "defaults of every `rlvr`")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the experts become one model."""
+
+    include_base: bool = what(True, "count the untrained branch in the mean of shared weights")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out tests, by category."""
+
+    categories: dict[str, str] = how(dict, "category -> JSONL of prompts with verifiers")
+    limit: int = what(0, "items per category; 0 is all")
+    max_tokens: int = what(4096, "longest completion, tokens")
+    temperature: float = what(0.0, "0 is greedy")
+    every_stage: bool = how(True, "score each expert after each of its stages, not only the last")
+    num_engines: int = how(1, "vLLM actors under Ray Data for one checkpoint")
+    cpus_per_engine: float = how(1.0, "CPUs asked for each actor")
+    gpus_per_engine: float = how(0.0, "GPUs asked for each actor")
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Where model-written programs run."""
+
+    slots: int = how(2, "programs run at once by one grader")
+    allow_unsafe: bool = how(False, "run them without isolation when bubblewrap is missing")
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The small world: generated data and a dense base trained in place (`bar_ray/tiny`)."""
+
+    pretrain: Dense = what(Dense, "pretraining of the dense base on raw text")
+    post_train: Dense = what(Dense, "general SFT of the dense base")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster."""
+
+    address: str = how("", "Ray address; empty is $RAY_ADDRESS, or else a new local cluster")
+    num_cpus: float = how(0, "logical CPUs of a local cluster; 0 is the machine's")
+    object_store_gib: float = how(0.5, "object store of a local cluster, GiB")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: base, experts, merge, router, evaluation."""
+
+    storage: str = how("outputs", "where everything is kept: a path, s3://, gs://, file://")
+    seed: int = what(0, "seed of data order, initialisation and sampling")
+    tiny: Tiny | None = what(None, "build the small world first and take its base and data")
+    base: Base = what(Base, "the dense checkpoints")
+    datasets: dict[str, str] = what(dict, "name -> URI of parquet or JSONL (tiny: for the world's)")
+    stages: Stages = what(Stages, "defaults shared by the experts' stages")
+    experts: dict[str, Expert] = what(dict, "domain -> stages")
+    merge: Merge = what(Merge, "merging")
+    router: Router = what(Router, "router training")
+    evaluate: Evaluate = what(Evaluate, "evaluation")
+    sandbox: Sandbox = how(Sandbox, "running model-written programs")
+    cluster: Cluster = how(Cluster, "the Ray cluster")
+
+
+STAGES = ("midtrain", "sft", "rlvr")
+ROLES = tuple(f.name for f in fields(Learn))
+
+
+def meaning(section: Any) -> Any:
+    """The part of a setting tree that decides the result: plain dicts without `how` fields."""
+    if is_dataclass(section):
+        kept = (f for f in fields(section) if not f.metadata["how"])
+        return {f.name: meaning(getattr(section, f.name)) for f in kept}
+    if isinstance(section, dict):
+        return {key: meaning(value) for key, value in section.items()}
+    return section

@@ -1,0 +1,120 @@
+"""What the runs on a storage recorded, read back.
+
+A step that is reused was trained in an earlier run, so metrics and events of all runs are searched
+for the steps in question. After a kill the last line of a file may be cut off: it is skipped.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bar_ray import storage
+from bar_ray.graph import Step
+
+Record = dict[str, Any]
+Who = tuple[str, str, str]  # verb, name, fingerprint
+ROUTINE = ("started", "leased", "trained", "finished", "reused", "checkpoint", "published")
+
+
+def who(record: Record) -> Who:
+    return record.get("verb", ""), record.get("name", ""), record.get("fingerprint", "")
+
+
+def identity(step: Step) -> Who:
+    return step.verb, step.name, step.fingerprint
+
+
+@dataclass(frozen=True)
+class Span:
+    """One step in a run: asked for, given its resources, ended. Times are epoch seconds."""
+
+    who: Who
+    started: float
+    ended: float
+    outcome: str
+    leased: float | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def begun(self) -> float:
+        return self.started if self.leased is None else self.leased
+
+
+@dataclass(frozen=True)
+class History:
+    """Metrics by step (one row per optimizer step, the latest wins) and events, oldest first."""
+
+    metrics: dict[Who, list[Record]]
+    events: list[Record]  # with `run`, the run they belong to
+
+    def of_run(self, run_id: str) -> list[Record]:
+        return [event for event in self.events if event["run"] == run_id]
+
+    def incidents(self) -> list[Record]:
+        """Resumes, faults, failures: everything out of the ordinary."""
+        return [event for event in self.events if event["event"] not in ROUTINE]
+
+    def made_by(self) -> dict[Who, Record]:
+        """The event of each step's finishing, in whichever run."""
+        return {who(event): event for event in self.events if event["event"] == "finished"}
+
+
+def read(storage_uri: str, steps: Collection[Step], run_id: str) -> History:
+    """Everything recorded about `steps`, and of `run_id` also what belongs to no step."""
+    wanted = {identity(step) for step in steps}
+    rows: dict[Who, dict[int, Record]] = defaultdict(dict)
+    events: list[Record] = []
+    for uri in storage.list_files(storage.join(storage_uri, "runs"), recursive=True):
+        run, name = uri.partition("?")[0].split("/")[-2:]
+        if name == "metrics.jsonl":
+            for record in _lines(uri):
+                if who(record) in wanted:
+                    known = rows[who(record)].get(record["step"])
+                    if known is None or known["time"] <= record["time"]:
+                        rows[who(record)][record["step"]] = record
+        elif name == "events.jsonl":
+            found = [{**record, "run": run} for record in _lines(uri)]
+            events += [e for e in found if who(e) in wanted or (run == run_id and not who(e)[2])]
+    by_step = {key: [found[step] for step in sorted(found)] for key, found in rows.items()}
+    return History(by_step, sorted(events, key=lambda event: event["time"]))
+
+
+def _lines(uri: str) -> list[Record]:
+    records = []
+    for line in storage.read_bytes(uri).splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def run_description(storage_uri: str, run_id: str) -> Record:
+    """The run's `run.json`, empty when it is not there."""
+    place = storage.join(storage_uri, "runs", run_id, "run.json")
+    return storage.read_json(place) if storage.exists(place) else {}
+
+
+def spans(events: list[Record]) -> list[Span]:
+    """The steps of one run over time, in order of their start."""
+    found: dict[Who, Span] = {}
+    for event in events:
+        step, now = who(event), event["time"]
+        if event["event"] == "started":
+            found[step] = Span(step, now, events[-1]["time"], "unfinished")
+        elif step in found and event["event"] == "leased":
+            found[step] = replace(found[step], leased=now, resources=event["resources"])
+        elif step in found and event["event"] in ("finished", "failed"):
+            found[step] = replace(found[step], ended=now, outcome=event["event"])
+    return sorted(found.values(), key=lambda span: span.started)
+
+
+def resource_hours(run_spans: list[Span]) -> dict[str, float]:
+    """Leased resources times the hours they were held."""
+    total: dict[str, float] = defaultdict(float)
+    for span in run_spans:
+        for name, amount in span.resources.items():
+            total[name] += amount * (span.ended - span.begun) / 3600
+    return dict(total)

@@ -1,0 +1,1 @@
+"""Rollouts: vLLM engines in actors, weights on their way to them, and the sampler in between."""

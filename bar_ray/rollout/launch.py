@@ -1,0 +1,103 @@
+"""Starting vLLM: the options, the environment and the arguments of a rollout engine.
+
+Start-up time was measured, not assumed: a 0.7 M parameter FlexOlmo on two idle cores is ready in
+12 s like this and in 27 s with vLLM's defaults, which then compile for 5 s (24 s the first time).
+"""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is built; every request of it shares these."""
+
+    max_model_len: int
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    dtype: str = "float32"
+    kv_cache_bytes: int | None = None  # None: vLLM's own share of the device memory
+    tensor_parallel_size: int = 1
+    seed: int = 0
+    enforce_eager: bool = True
+    in_process: bool | None = None  # core on a thread, see local_core.py; None: on a CPU
+    transfer_backend: str = "shm"  # or "nccl", "ipc"
+    shm_dir: str = "/dev/shm"
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.in_process and self.tensor_parallel_size > 1:
+            raise ValueError("tensor parallelism needs worker processes: set in_process=False")
+
+
+def launch(model_path: str, options: EngineOptions) -> tuple[Any, Any, list[Any]]:
+    """An AsyncLLM, its core where that lives in this process, and the processes it started."""
+    import psutil
+
+    prepare_environment(options)
+    this = psutil.Process()
+    before = this.children(recursive=True)
+    in_process = options.in_process
+    if in_process is None:
+        import torch
+
+        in_process = options.tensor_parallel_size == 1 and not torch.cuda.is_available()
+    args = engine_args(model_path, options)
+    if in_process:
+        from bar_ray.rollout.local_core import start_local
+
+        llm, core = start_local(args)
+    else:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        llm, core = AsyncLLM.from_engine_args(args), None
+    return llm, core, [p for p in this.children(recursive=True) if p not in before]
+
+
+def prepare_environment(options: EngineOptions) -> None:
+    """What vLLM reads from the environment; must run before it is first imported."""
+    os.environ |= {
+        "OMP_NUM_THREADS": str(options.num_threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # actors share cores; binding would stack them
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # what it says before reading the above
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    if options.tensor_parallel_size == 1:
+        # On a CPU vLLM would otherwise put the one worker in a third process (+9 s, +0.6 GB).
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if options.enforce_eager:
+        # The sampler's few torch.compile'd functions cost 3 s warm and 24 s cold otherwise.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+
+
+def engine_args(model_path: str, options: EngineOptions) -> Any:
+    """vLLM's arguments for a lean text engine without a tokenizer."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs(
+        model=model_path,
+        skip_tokenizer_init=True,
+        dtype=options.dtype,
+        seed=options.seed,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        kv_cache_memory_bytes=options.kv_cache_bytes,
+        # On a CPU, vLLM rewinds the generator of a seeded request whose prompt was cut, which only
+        # CUDA generators can do: the core would die.
+        enable_chunked_prefill=None if options.kv_cache_bytes is None else False,
+        tensor_parallel_size=options.tensor_parallel_size,
+        enforce_eager=options.enforce_eager,
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        weight_transfer_config=WeightTransferConfig(backend=options.transfer_backend),
+        worker_extension_cls="bar_ray.rollout.shm_transfer.RolloutWorker",
+    )

@@ -1,0 +1,197 @@
+"""Language-model stages (`midtrain`, `sft`, dense `train`, and `route`) as a Ray Train run.
+
+The sample order is a function of (seed, step), so a checkpoint is weights, optimizer and a step
+number; continuing at the same number of workers is bitwise the same as never having stopped.
+"""
+
+import logging
+import tempfile
+import time
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from bar_ray import storage
+from bar_ray.graph import Step
+from bar_ray.recipe import Run as RunSettings
+from bar_ray.recipe import Stage
+from bar_ray.types import UserError
+
+
+def run(step: Step, run: Any) -> None:
+    """Inputs: `model` and one `data:NAME` token artifact per source; settings: stage, seed."""
+    train(lm_loop, step, run)
+
+
+def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
+    """Run a training loop under Ray Train until it has committed the step's artifact."""
+    settings: RunSettings = step.settings["stage"].run
+    uri = storage.join(step.storage_uri, "checkpoints", "ray_train")
+    filesystem, path = storage.resolve(uri)
+    gpu = settings.gpus_per_worker
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"step": step, "run": run, **extra},
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers,
+            use_gpu=gpu > 0,
+            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": gpu} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=f"{step.verb}-{step.name}-{step.fingerprint}-{run.run_id}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    result = trainer.fit()
+    if isinstance(result.return_value, dict) and "user_error" in result.return_value:
+        raise UserError(result.return_value["user_error"])
+
+
+def lm_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """One Ray Train worker. A user's mistake is returned, not raised: retrying cannot mend it."""
+    try:
+        return LmWorker(config["step"], config["run"]).loop()
+    except UserError as error:
+        return {"user_error": str(error)}
+
+
+class Worker:
+    """One rank of a training stage: model, engine, checkpoints, step lines.
+
+    Subclasses say how many steps there are (`prepare`) and what one step does (`train_step`).
+    """
+
+    def __init__(self, step: Step, run: Any) -> None:
+        from bar_ray.train.ledger import Ledger
+
+        self.step, self.run = step, run
+        self.stage: Stage = step.settings["stage"]
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        prepare_process(self.stage.run.threads)
+        self.model_folder = run.fetch(step.inputs["model"])
+        self.ledger = Ledger(step)
+
+    def loop(self) -> dict[str, Any]:
+        from bar_ray.model import experts
+        from bar_ray.train.engine import Engine
+
+        self.num_steps = self.prepare()
+        dtype = getattr(torch, self.stage.dtype)
+        model = experts.load(self.model_folder, dtype, self.step.settings.get("top_k", 0))
+        self.engine = Engine(model, self.stage, self.num_steps)
+        self.start(self._resume())
+        started, first = time.monotonic(), self.engine.step
+        while self.engine.step < self.num_steps:
+            now = time.monotonic()
+            metrics = self.train_step()
+            self._log(metrics, time.monotonic() - now, started, first)
+            if self.engine.step % self.stage.run.checkpoint_every == 0:
+                self._checkpoint()
+        self._finish(time.monotonic() - started)
+        return {"steps": self.engine.step}
+
+    def prepare(self) -> int:
+        """Make the data ready; returns the number of optimizer steps."""
+        raise NotImplementedError
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns its numbers, with `tokens` among them."""
+        raise NotImplementedError
+
+    def start(self, state: dict[str, Any]) -> None:
+        """Called with the state of the checkpoint that is continued, {} at the beginning."""
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimizer."""
+        return {}
+
+    def finish_output(self, folder: str) -> None:
+        """For stages that add files to their artifact."""
+
+    def _resume(self) -> dict[str, Any]:
+        folder, warnings = self.ledger.newest()
+        for warning in warnings:
+            self.run.say(self.step, warning)
+        if not folder:
+            return {}
+        state = self.engine.load(folder)
+        if self.rank == 0:
+            self.run.say(self.step, f"continues at step {self.engine.step}/{self.num_steps}")
+            self.run.event("resumed", self.step, at=self.engine.step)
+        return state
+
+    def _checkpoint(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.save(folder, self.checkpoint_state())
+            if self.rank == 0:
+                self.ledger.commit(folder, self.engine.step, {})
+                self.run.event("checkpoint", self.step, at=self.engine.step)
+        ray.train.report({"step": self.engine.step})
+
+    def _log(self, metrics: dict[str, float], seconds: float, started: float, first: int) -> None:
+        if self.rank:
+            return
+        done = self.engine.step - first
+        left = (self.num_steps - self.engine.step) * (time.monotonic() - started) / done
+        step = self.step
+        self.run.journal.metrics.remote(
+            {
+                **{"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint},
+                **{"step": self.engine.step, "steps": self.num_steps, "eta_s": left},
+                **{k: v for k, v in metrics.items() if k != "tokens"},
+                "tokens_per_s": metrics["tokens"] / seconds,
+                "seconds": seconds,
+            }
+        )
+
+    def _finish(self, seconds: float) -> None:
+        if self.rank:
+            return
+        tokens = self.num_steps * self.stage.batch_size * self.stage.seq_len
+        info = {"steps": self.num_steps, "tokens": tokens}
+        with self.run.output(self.step, info) as folder:
+            self.engine.export(folder, self.model_folder)
+            self.finish_output(folder)
+        self.run.event("trained", self.step, seconds=seconds, **info)
+        self.ledger.clear()
+
+
+class LmWorker(Worker):
+    """A rank that learns from packed token rows."""
+
+    def prepare(self) -> int:
+        from bar_ray.data.batches import Batches
+
+        names = [n for n in self.step.inputs if n.startswith("data:")]
+        folders = [self.run.fetch(self.step.inputs[name]) for name in names]
+        shares = [self.step.settings["shares"][n.removeprefix("data:")] for n in names]
+        self.batches = Batches(folders, shares, self.stage, self.step.settings["seed"])
+        return self.batches.num_steps
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step on the global batch of this step."""
+        from bar_ray.train.loss import language_model_loss
+
+        batch = self.batches(self.engine.step, self.rank, self.world)
+        model, weight = self.engine.model, self.stage.router_z_loss
+
+        def loss(micro: Any) -> tuple[torch.Tensor, dict[str, float]]:
+            return language_model_loss(
+                model, micro.to(self.engine.device), batch.loss_tokens, batch.tokens, weight
+            )
+
+        metrics = self.engine.forward_backward(batch.micro, loss)
+        return {**metrics, **self.engine.optim_step(), "tokens": batch.tokens}
+
+
+def prepare_process(threads: int) -> None:
+    """Threads of this worker, quiet libraries."""
+    torch.set_num_threads(max(1, threads))
+    for name in ("DeepSpeed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

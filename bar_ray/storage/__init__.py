@@ -1,0 +1,40 @@
+"""The one door to storage: URIs, whole files and artifacts."""
+
+from bar_ray.storage.artifacts import Manifest, commit, fetch, read_manifest, sweep, verify
+from bar_ray.storage.files import (
+    MANIFEST,
+    check_writable,
+    delete,
+    exists,
+    fingerprint_files,
+    list_files,
+    read_bytes,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from bar_ray.storage.uris import StorageError, is_local, join, local_path, resolve
+
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "StorageError",
+    "check_writable",
+    "commit",
+    "delete",
+    "exists",
+    "fetch",
+    "fingerprint_files",
+    "is_local",
+    "join",
+    "list_files",
+    "local_path",
+    "read_bytes",
+    "read_json",
+    "read_manifest",
+    "resolve",
+    "sweep",
+    "verify",
+    "write_bytes",
+    "write_json",
+]

@@ -1,0 +1,91 @@
+"""Pretraining text: a little of everything a later stage may need, and no chat at all.
+
+A real base has read sums, programs, JSON and prose long before anyone teaches it a domain. This
+breadth is what makes the rest work: mid-training and SFT keep attention frozen, so attention must
+have met digits, brackets and copying before, and experts branched from a base that has not drift
+too far apart to be averaged.
+"""
+
+import random
+from collections.abc import Callable
+
+from bar_ray.tiny import code, general, math, safety, tool_use
+from bar_ray.tiny.rows import Row, text_row, word
+
+MAX_CHARACTERS = 120
+
+
+def sums(rng: random.Random) -> str:
+    """Columns worked out, numbers rounded, answers without steps."""
+    a, b = math.numbers(rng)
+    steps, near = math.worked(a, b), math.rounded(a, b)
+    bare = steps.replace("\\boxed{", "").replace("}", "")
+    return rng.choice((f"{a}+{b}: {bare}", f"{a}+{b}: {bare}", f"{a}+{b} {near.split()[0]}"))
+
+
+def programs(rng: random.Random) -> str:
+    """Functions, specifications and calls with their results."""
+    task, x = code.task(rng), rng.randint(0, 9)
+    value = code.Task(task.op, task.n, "max", -99)(x)
+    return rng.choice(
+        (
+            task.careful,
+            f"{task.careless} f({x})={value}",
+            f"{task.spec}: {task.limit}(x{task.op}{task.n},{task.bound})",
+            f"x={x} x{task.op}{task.n}={value}",
+        )
+    )
+
+
+def calls(rng: random.Random) -> str:
+    """Signatures, calls and JSON objects, sometimes with what they are for."""
+    name, other = rng.sample(list(tool_use.TOOLS), 2)
+    (arguments, request), w = tool_use.TOOLS[name], word(rng)
+    argument = rng.choice(arguments)
+    shown = [f"{name}({argument})", f"{other}({rng.choice(tool_use.TOOLS[other][0])})"]
+    rng.shuffle(shown)
+    call = f'{{"name":"{name}","arguments":{{"{argument}":"{w}"}}}}'
+    return rng.choice(
+        (f"{' '.join(shown)} {request.format(w=w)} {call}", f"{name}({argument}={w})")
+    )
+
+
+def words(rng: random.Random) -> str:
+    """Words copied, changed and repeated."""
+    w, v = word(rng), word(rng)
+    return rng.choice(
+        (f"{w} {v} {w} {v} {w} {v}", f"{w} {w.upper()} {v} {v.upper()}", f"{w} [{w}] {w}!")
+    )
+
+
+def prose(rng: random.Random) -> str:
+    """Facts, and small stories with good and bad deeds."""
+    w, v = word(rng), word(rng)
+    thing, colour = rng.choice(list(general.COLOURS.items()))
+    verb = rng.choice(safety.HARMFUL + safety.HARMLESS)
+    return rng.choice(
+        (
+            f"The color of {thing} is {colour}.",
+            f"{thing} is {colour}.",
+            f"{w} wants to {verb} {v}.",
+        )
+    )
+
+
+KINDS: dict[str, tuple[Callable[[random.Random], str], float]] = {
+    "sums": (sums, 0.3),
+    "programs": (programs, 0.2),
+    "calls": (calls, 0.25),
+    "words": (words, 0.15),
+    "prose": (prose, 0.1),
+}
+
+
+def pretrain_row(rng: random.Random) -> Row:
+    """One document: a few lines of one kind, as many as fit."""
+    kind = rng.choices(list(KINDS), [share for _, share in KINDS.values()])[0]
+    write, _ = KINDS[kind]
+    text = write(rng)
+    while len(text) + len(line := write(rng)) < MAX_CHARACTERS:
+        text += "\n" + line
+    return text_row(text, kind)

@@ -1,0 +1,1 @@
+"""Training: DeepSpeed behind four verbs, losses, schedules, checkpoints of a stage."""

@@ -1,0 +1,180 @@
+"""DeepSpeed behind four verbs: forward_backward, optim_step, save, export.
+
+Training state is kept by tensor name as safetensors (weights, both Adam moments) with a JSON of
+scalars. It does not depend on the number of workers or the ZeRO stage, and holds no pickle:
+DeepSpeed's own shards do both.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from bar_ray.model import experts, freeze
+from bar_ray.recipe import Stage
+from bar_ray.train.schedule import rate
+
+BETA1 = 0.9
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """One rank of a training run; torch.distributed must be up (Ray Train sees to that)."""
+
+    def __init__(self, model: PreTrainedModel, stage: Stage, num_steps: int) -> None:
+        self.stage, self.num_steps, self.step = stage, num_steps, 0
+        groups = freeze.apply(model, stage.learn)
+        if stage.run.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            [{"params": g["params"], "scale": g["scale"], "lr": 0.0} for g in groups],
+            betas=(BETA1, stage.beta2),
+            weight_decay=stage.weight_decay,
+        )
+        self.model = model
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._config(), dist_init_required=False
+        )
+        self.world = torch.distributed.get_world_size()
+        self.device = self.deepspeed.device
+
+    def _config(self) -> dict[str, Any]:
+        """The number of micro-batches varies, so accumulation is steered by hand (boundaries)."""
+        bf16 = next(self_p.dtype for self_p in self.model.parameters()) == torch.bfloat16
+        return {
+            "train_micro_batch_size_per_gpu": self.stage.run.micro_batch,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.stage.grad_clip,
+            "zero_optimization": {"stage": self.stage.run.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": bf16},
+            "steps_per_print": 10**12,
+        }
+
+    def forward_backward(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[Any], tuple[torch.Tensor, dict[str, float]]],
+    ) -> dict[str, float]:
+        """Accumulate gradients over micro-batches; `loss` is already divided by global counts.
+
+        Returns the metrics summed over micro-batches and ranks.
+        """
+        batches, totals = list(batches), {}
+        for index, batch in enumerate(batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            value, metrics = loss(batch)
+            self.deepspeed.backward(value * self.world)  # DeepSpeed averages over ranks
+            for name, number in metrics.items():
+                totals[name] = totals.get(name, 0.0) + number
+        return self._sum_over_ranks(totals)
+
+    def _sum_over_ranks(self, totals: dict[str, float]) -> dict[str, float]:
+        if self.world == 1:
+            return totals
+        names = sorted(totals)
+        values = torch.tensor([totals[n] for n in names], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def optim_step(self) -> dict[str, float]:
+        """One AdamW step at the scheduled learning rate of each role."""
+        now = rate(self.step, self.num_steps, self.stage.schedule, self.stage.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.stage.lr * now * group["scale"]
+        norm = self._grad_norm() if self._plain else None
+        self.deepspeed.step()
+        self.step += 1
+        norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
+        return {"lr": self.stage.lr * now, "grad_norm": float(norm)}
+
+    def _grad_norm(self) -> torch.Tensor:
+        """DeepSpeed clips without telling the norm when the optimizer is ours."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def skip_step(self) -> None:
+        """A step without gradients: only the count goes on."""
+        self.step += 1
+
+    # --- training state ---------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, state: dict[str, Any]) -> None:
+        """Write weights and optimizer state of what learns; every rank calls, rank 0 writes.
+
+        `state` is added to the JSON (data cursor and the like) and comes back from `load`.
+        """
+        weights, moments = {}, {}
+        for name, parameter in freeze.trainable(self.model).items():
+            weights[name] = self._full_param(parameter)
+            for moment in MOMENTS:
+                moments[f"{name}.{moment}"] = self._moment(parameter, moment)
+        if torch.distributed.get_rank() == 0:
+            save_file(weights, Path(folder) / "weights.safetensors")
+            save_file(moments, Path(folder) / "optimizer.safetensors")
+            (Path(folder) / "state.json").write_text(json.dumps({**state, "step": self.step}))
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Restore what `save` wrote, at any number of workers; returns its state."""
+        state = json.loads((Path(folder) / "state.json").read_text())
+        weights = load_file(Path(folder) / "weights.safetensors")
+        moments = load_file(Path(folder) / "optimizer.safetensors")
+        self.step = state["step"]
+        for name, parameter in freeze.trainable(self.model).items():
+            self._set_param(parameter, weights[name])
+            for moment in MOMENTS:
+                self._set_moment(parameter, moment, moments[f"{name}.{moment}"])
+        self._set_adam_steps()
+        return state
+
+    @property
+    def _plain(self) -> bool:
+        """ZeRO stage 0 in fp32: DeepSpeed leaves our optimizer as it is."""
+        return isinstance(self.optimizer, torch.optim.Optimizer)
+
+    def _full_param(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if self._plain:
+            return parameter.detach().cpu().clone()
+        return safe_get_full_fp32_param(parameter).cpu().clone()
+
+    def _moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+        if self._plain:
+            return self.optimizer.state[parameter][moment].cpu().clone()
+        return safe_get_full_optimizer_state(parameter, moment).cpu().clone()
+
+    def _set_param(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        if self._plain:
+            parameter.data.copy_(value)
+        else:
+            safe_set_full_fp32_param(parameter, value.to(self.device))
+
+    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
+        if self._plain:
+            self.optimizer.state[parameter][moment] = value.to(parameter.device)
+        else:
+            safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
+
+    def _set_adam_steps(self) -> None:
+        inner = self.optimizer if self._plain else self.optimizer.optimizer
+        if self._plain:
+            for parameter in freeze.trainable(self.model).values():
+                inner.state[parameter]["step"] = torch.tensor(float(self.step))
+        else:
+            for state in inner.state.values():
+                state["step"] = torch.tensor(float(self.step))
+
+    def export(self, folder: str | Path, side_files: str | Path) -> None:
+        """Write the model as a Hugging Face folder (rank 0)."""
+        if torch.distributed.get_rank() == 0:
+            experts.save(self.model, folder, side_files)

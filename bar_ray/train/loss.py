@@ -1,0 +1,45 @@
+"""Losses as pure functions of a model and a micro-batch.
+
+Sums, not means, leave here: the caller divides by the token count of the global batch, so the
+result does not depend on how rows fall into micro-batches and workers.
+
+Shapes: M rows, S tokens, V vocabulary, K completions' tokens; L MoE layers, N = M*S, E experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from bar_ray.data.batches import MicroBatch
+from bar_ray.model.experts import moe_blocks
+
+
+def token_logprobs(
+    model: PreTrainedModel, batch: MicroBatch, temperature: float = 1.0
+) -> torch.Tensor:
+    """log p(token | tokens before it in its document) at each place with loss, flat, fp32."""
+    hidden_MSD = model.model(
+        input_ids=batch.tokens_MS, position_ids=batch.positions_MS, use_cache=False
+    ).last_hidden_state
+    wanted_MS = batch.loss_MS[:, 1:].bool()
+    logits_KV = model.lm_head(hidden_MSD[:, :-1][wanted_MS]).float() / temperature
+    targets_K = batch.tokens_MS[:, 1:][wanted_MS]
+    return -F.cross_entropy(logits_KV, targets_K, reduction="none")
+
+
+def router_z(model: PreTrainedModel) -> torch.Tensor:
+    """Sum over tokens of the layers' mean squared logsumexp of router logits (ST-MoE z-loss)."""
+    blocks = moe_blocks(model)
+    squares = [torch.logsumexp(block.logits.float(), dim=-1).square().sum() for block in blocks]
+    return sum(squares) / len(blocks)
+
+
+def language_model_loss(
+    model: PreTrainedModel, batch: MicroBatch, loss_tokens: int, tokens: int, z_weight: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Cross-entropy per loss token of the global batch, plus the router z-loss per token."""
+    cross_entropy = -token_logprobs(model, batch).sum() / loss_tokens
+    total = cross_entropy
+    if z_weight and moe_blocks(model):
+        total = total + z_weight * router_z(model) / tokens
+    return total, {"loss": float(cross_entropy.detach())}

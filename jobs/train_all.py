@@ -1,0 +1,31 @@
+"""Train every expert, merge them, train the router, evaluate, export and report.
+
+    python jobs/train_all.py conf/tiny.yaml
+    python jobs/train_all.py conf/tiny.yaml --plan experts.code.sft.lr=2e-3
+
+The same command again continues where it stopped and reuses what is finished.
+"""
+
+import argparse
+
+from bar_ray import export, pipeline, report
+from bar_ray.cluster import session
+from bar_ray.config import Cli
+from bar_ray.recipe import Recipe
+
+
+def main(recipe: Recipe, args: argparse.Namespace) -> None:
+    recipe = session.absolute_storage(recipe)
+    graph = pipeline.build(recipe)
+    if args.plan:
+        return session.show_plan(graph.targets)
+    run_id = session.drive(recipe, graph.targets)
+    scores = report.write(graph, recipe, run_id)
+    pipeline.publish(graph, recipe, scores)
+    print(report.table(scores))
+    print(f"model   {export.export(graph, recipe, scores)}")
+    print(f"report  {report.page_uri(recipe)}")
+
+
+if __name__ == "__main__":
+    Cli(__doc__).run(main)

@@ -1,0 +1,31 @@
+"""Train one expert through its stages and score it.
+
+    python jobs/train_expert.py conf/tiny.yaml --expert math
+
+The base is trained or imported first when it is not there yet; other experts are left alone.
+"""
+
+import argparse
+
+from bar_ray import pipeline, report
+from bar_ray.cluster import session
+from bar_ray.config import Cli, pick
+from bar_ray.recipe import Recipe
+
+
+def main(recipe: Recipe, args: argparse.Namespace) -> None:
+    recipe = session.absolute_storage(recipe)
+    graph = pipeline.build(recipe)
+    expert = pick("expert", args.expert, graph.experts)
+    scores = [
+        step for name, step in graph.scores.items() if name.split()[0] in ("base", args.expert)
+    ]
+    if args.plan:
+        return session.show_plan([expert, *scores])
+    session.drive(recipe, [expert, *scores])
+    print(report.table(report.scores_of(graph)))
+    print(f"expert  {expert.artifact.uri}")
+
+
+if __name__ == "__main__":
+    Cli(__doc__).add("--expert", required=True, help="a domain under `experts`").run(main)

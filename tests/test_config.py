@@ -1,0 +1,127 @@
+"""Recipes: reading, overriding, refusing; the command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bar_ray import config
+from bar_ray.recipe import Sft, Stage, meaning
+from bar_ray.types import UserError
+
+RECIPE = """
+tiny: {pretrain: {data: {text: 1}}, post_train: {data: {chat: 1}}}
+datasets: {text: 'tiny:a.parquet', chat: 'tiny:b.jsonl', tasks: 'tiny:c.jsonl'}
+stages:
+  sft: {lr: 0.5, learn: {embedding: 0.1}, data: {chat: 0.5}}
+  rlvr: {data: {tasks: 1}}
+experts:
+  math: {sft: {data: {chat: 1}, seq_len: 64}, rlvr: {}}
+  safety: {sft: {}}
+evaluate: {categories: {general: 'tiny:d.jsonl'}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_stage_defaults_reach_every_expert_and_can_be_overridden(recipe_file: str) -> None:
+    recipe = config.load(recipe_file, ["experts.math.sft.lr=0.25", "seed=7"])
+    math, safety = recipe.experts["math"].sft, recipe.experts["safety"].sft
+    assert (math.lr, safety.lr) == (0.25, 0.5)
+    assert (math.data, safety.data) == ({"chat": 1.0}, {"chat": 0.5})
+    assert math.learn.embedding == 0.1 and math.learn.expert == 1.0
+    assert recipe.experts["safety"].midtrain is None and recipe.seed == 7
+
+
+def test_an_override_can_add_a_stage(recipe_file: str) -> None:
+    recipe = config.load(recipe_file, ["experts.safety.rlvr.lr=1e-3"])
+    assert recipe.experts["safety"].rlvr.data == {"tasks": 1.0}
+
+
+def test_dumped_recipe_loads_to_the_same(recipe_file: str, tmp_path: Path) -> None:
+    recipe = config.load(recipe_file, ["seed=3"])
+    (tmp_path / "again.yaml").write_text(config.dump(recipe))
+    assert config.load(str(tmp_path / "again.yaml")) == recipe
+
+
+def test_experts_may_live_in_files_of_their_own(recipe_file: str, tmp_path: Path) -> None:
+    (tmp_path / "law.yaml").write_text("sft: {data: {chat: 1}}")
+    (tmp_path / "with_law.yaml").write_text(RECIPE.replace("{sft: {}}", "law.yaml"))
+    assert config.load(str(tmp_path / "with_law.yaml")).experts["safety"].sft.data == {"chat": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=1", "Did you mean: 'seed'"),
+        ("seed=one", "seed: Value 'one'"),
+        ("seed", "write key=value"),
+        ("experts.mth.sft.lr=1", "did you mean 'math'?"),
+        ("experts.math.sft.learn.atention=1", "Did you mean: 'attention'"),
+        ("experts.math.sft.data.chatt=1", "did you mean 'chat'?"),
+        ("experts.safety.sft=null", "at least one stage"),
+        ("router.top_k=1", "gets no gradient"),
+        ("router.top_k=4", "has 3 experts"),
+        ("router.fraction=0", "above 0 and at most 1"),
+        ("router.fraction=1.5", "above 0 and at most 1"),
+        ("router.learn.expert=1", "no expert to unfreeze"),
+        ("tiny.pretrain.learn.router=1", "no router to unfreeze"),
+        ("experts.math.sft.learn={expert: 0, router: 0, embedding: 0, lm_head: 0}", "is frozen"),
+        ("experts.math.sft.schedule=linaer", "did you mean 'linear'?"),
+        ("experts.math.sft.warmup=3", "between 0 and 1"),
+        ("experts.math.rlvr.rollout.top_p=0.9", "importance ratio"),
+        ("experts.math.rlvr.grpo.samples=1", "at least 2 samples"),
+        ("experts.math.sft.run.num_workers=7", "does not divide"),
+    ],
+)
+def test_mistakes_are_one_message_that_names_the_key(
+    recipe_file: str, override: str, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load(recipe_file, [override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_unreadable_files_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        config.load(str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        config.load(str(tmp_path / "bad.yaml"))
+
+
+def test_meaning_leaves_out_how_a_stage_is_run() -> None:
+    described = meaning(Sft())
+    assert "run" not in described and described["learn"]["expert"] == 1.0
+    assert set(meaning(Stage())) < set(Stage.__dataclass_fields__)
+
+
+def test_reference_names_every_key_with_its_default() -> None:
+    text = config.reference()
+    assert "experts.NAME.sft.learn.embedding = 1.0" in text
+    assert "router.fraction = 0.05" in text
+    assert "storage = 'outputs'" in text
+
+
+def test_job_exits_with_2_and_no_traceback(recipe_file: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/train_all.py", recipe_file, "sed=1"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_loading_a_config_imports_neither_torch_nor_ray(recipe_file: str) -> None:
+    code = (
+        "import sys; from bar_ray import config, pipeline; "
+        f"pipeline.build(config.load({recipe_file!r})); "
+        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,145 @@
+"""Formats, packing, order of samples, the stratified sample."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bar_ray.data import formats, pack, sample
+from bar_ray.data.batches import Batches
+from bar_ray.data.mixture import Mixture, steps_of
+from bar_ray.data.pack import PackStats, TokenShard
+from bar_ray.recipe import Run, Stage
+from bar_ray.types import UserError
+
+
+def write_lines(path: Path, rows: list) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "line 2 has no `messages`"),
+        ("{not json", "line 2 is not valid JSON"),
+        ({"messages": [{"content": "x"}]}, "line 2: every message needs a `role`"),
+        ([1], "line 2 must be an object"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, row: object, message: str) -> None:
+    good = {"messages": [{"role": "user", "content": "x"}]}
+    path = write_lines(tmp_path / "a.jsonl", [good, row])
+    with pytest.raises(UserError) as caught:
+        list(formats.read_rows(path, "messages"))
+    assert message in str(caught.value) and path in str(caught.value)
+
+
+def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset at"):
+        formats.files(str(tmp_path / "none.jsonl"))
+
+
+def test_arguments_of_different_tools_are_not_merged(tmp_path: Path) -> None:
+    calls = [{"city": "Oslo"}, {"a": 1, "b": [2]}]
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": c}}]}]}
+        for c in calls
+    ]
+    read = list(formats.read_rows(write_lines(tmp_path / "a.jsonl", rows), "messages"))
+    assert [r["messages"][0]["tool_calls"][0]["function"]["arguments"] for r in read] == calls
+
+
+def docs(lengths: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Documents whose tokens say which document they belong to."""
+    return [
+        ([number + 1] * n, [0] * (n // 2) + [1] * (n - n // 2)) for number, n in enumerate(lengths)
+    ]
+
+
+def packed(tmp_path: Path, lengths: list[int], seq_len: int, split: bool) -> TokenShard:
+    stats = PackStats()
+    rows = pack.pack(docs(lengths), seq_len, 0, split, stats)
+    pack.write_rows(tmp_path, rows, seq_len, stats)
+    return TokenShard(tmp_path)
+
+
+def test_packing_keeps_every_token_once_and_restarts_positions(tmp_path: Path) -> None:
+    lengths = list(np.random.default_rng(0).integers(1, 17, size=300))
+    shard = packed(tmp_path, lengths, 16, split=False)
+    for number, length in enumerate(lengths, start=1):
+        rows, columns = np.nonzero(shard.tokens == number)
+        assert len(columns) == length and len(set(rows)) == 1
+        assert list(shard.positions[rows, columns]) == list(range(length))
+    assert shard.index["docs"] == 300 and shard.index["dropped"] == 0
+    assert shard.index["tokens"] == sum(lengths) > 0.9 * shard.tokens.size
+
+
+def test_the_first_token_of_a_document_and_padding_never_count(tmp_path: Path) -> None:
+    shard = packed(tmp_path, [5, 5, 3], 8, split=False)
+    assert not shard.loss[shard.positions == 0].any()
+    assert not shard.loss[shard.tokens == 0].any()
+
+
+def test_long_text_is_cut_and_long_conversations_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "drop").mkdir()
+    cut = packed(tmp_path / "cut", [20, 4], 8, split=True)
+    dropped = packed(tmp_path / "drop", [20, 4], 8, split=False)
+    assert cut.index["tokens"] == 24 and cut.index["dropped"] == 0
+    assert dropped.index["tokens"] == 4 and dropped.index["dropped"] == 1
+
+
+def test_mixture_follows_shares_and_covers_each_epoch() -> None:
+    mixture = Mixture([50, 1000], [0.25, 0.75], 4000, seed=3)
+    assert abs((mixture.source == 0).mean() - 0.25) < 0.002
+    rows = mixture.row[mixture.source == 0]
+    for epoch in range(len(rows) // 50):
+        assert sorted(rows[epoch * 50 : (epoch + 1) * 50]) == list(range(50))
+    assert list(rows[:50]) != list(rows[50:100]), "every epoch has its own order"
+    tenth = mixture.source[:400]
+    assert abs((tenth == 0).mean() - 0.25) < 0.01, "the shares hold in every stretch"
+
+
+def test_order_depends_on_the_seed_alone() -> None:
+    first, again, other = (Mixture([10, 20], [1, 1], 90, seed) for seed in (1, 1, 2))
+    assert np.array_equal(first.row, again.row) and np.array_equal(first.source, again.source)
+    assert not np.array_equal(first.row, other.row)
+    longer = Mixture([10, 20], [1, 1], 300, 1)
+    assert np.array_equal(longer.row[:90], first.row), "a longer run starts the same"
+
+
+def test_steps_come_from_epochs_when_not_given() -> None:
+    assert steps_of(7, 2.0, 10, 500) == 7
+    assert steps_of(0, 2.0, 10, 500) == 100
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_global_batch_does_not_change_with_workers(tmp_path: Path, world: int) -> None:
+    packed(tmp_path, [8] * 40, 8, split=False)
+    stage = Stage(steps=5, batch_size=8, seq_len=8, run=Run(num_workers=world, micro_batch=3))
+    batches = Batches([str(tmp_path)], [1.0], stage, seed=0)
+    for step in range(5):
+        parts = [batches(step, rank, world) for rank in range(world)]
+        rows = {tuple(r.tolist()) for p in parts for m in p.micro for r in m.tokens_MS}
+        alone = batches(step, 0, 1)
+        assert rows == {tuple(r.tolist()) for m in alone.micro for r in m.tokens_MS}
+        assert len(rows) == 8
+        assert {p.loss_tokens for p in parts} == {alone.loss_tokens}
+
+
+def test_sample_is_exact_in_every_stratum() -> None:
+    rng = np.random.default_rng(0)
+    strata = {
+        "a": rng.integers(0, 2**60, 1000).tolist(),
+        "rare": rng.integers(0, 2**60, 7).tolist(),
+    }
+    found = sample.thresholds(strata, 0.05)
+    assert found["a"][1] == 50 and found["rare"][1] == 1
+    assert sum(h <= found["a"][0] for h in strata["a"]) == 50
+
+
+def test_content_hash_ignores_key_order_and_layout() -> None:
+    assert sample.content_hash('{"a":1, "b": 2}', 0) == sample.content_hash('{"b":2,"a":1}', 0)
+    assert sample.content_hash('{"a":1}', 0) != sample.content_hash('{"a":1}', 1)

@@ -1,0 +1,143 @@
+"""Losses, schedules, the policy loss and its advantages."""
+
+import math
+
+import pytest
+import torch
+from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
+
+from bar_ray.data.batches import MicroBatch
+from bar_ray.model import experts
+from bar_ray.recipe import Grpo
+from bar_ray.rollout.sampler import Trajectory
+from bar_ray.stages import rlvr
+from bar_ray.train import grpo
+from bar_ray.train.loss import language_model_loss, router_z, token_logprobs
+from bar_ray.train.schedule import rate
+
+
+@pytest.fixture
+def model(tmp_path) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = FlexOlmoConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    FlexOlmoForCausalLM(config).save_pretrained(tmp_path)
+    return experts.load(tmp_path, torch.float32)
+
+
+def micro_batch(seed: int = 0, rows: int = 3, length: int = 12) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 40, (rows, length), generator=generator)
+    loss = torch.randint(0, 2, (rows, length), generator=generator)
+    loss[:, 0] = 0
+    positions = torch.arange(length).expand(rows, -1)
+    return MicroBatch(tokens, loss, positions)
+
+
+def test_token_logprobs_are_log_softmax_at_loss_places(model: torch.nn.Module) -> None:
+    batch = micro_batch()
+    reference = torch.log_softmax(model(batch.tokens_MS).logits.double() / 0.7, -1)
+    wanted = [
+        reference[m, s - 1, batch.tokens_MS[m, s]]
+        for m in range(3)
+        for s in range(12)
+        if batch.loss_MS[m, s]
+    ]
+    ours = token_logprobs(model, batch, temperature=0.7)
+    assert torch.allclose(ours.double(), torch.stack(wanted), atol=1e-5)
+
+
+def test_gradient_does_not_depend_on_micro_batches(model: torch.nn.Module) -> None:
+    whole = micro_batch(rows=4)
+    total, tokens = int(whole.loss_MS.sum()), whole.tokens_MS.numel()
+
+    def gradient(size: int) -> torch.Tensor:
+        model.zero_grad()
+        for i in range(0, 4, size):
+            part = MicroBatch(
+                *(getattr(whole, f)[i : i + size] for f in MicroBatch.__dataclass_fields__)
+            )
+            language_model_loss(model, part, total, tokens, 0.01)[0].backward()
+        return model.lm_head.weight.grad.clone()
+
+    assert torch.allclose(gradient(4), gradient(1), atol=1e-6)
+
+
+def test_router_z_loss_is_the_mean_squared_logsumexp(model: torch.nn.Module) -> None:
+    batch = micro_batch()
+    token_logprobs(model, batch)
+    blocks = experts.moe_blocks(model)
+    expected = sum(torch.logsumexp(b.logits, -1).square().sum() for b in blocks) / 2
+    assert torch.allclose(router_z(model), expected)
+
+
+def test_schedules() -> None:
+    assert rate(0, 100, "linear", 0.1) == pytest.approx(0.1)
+    assert rate(9, 100, "linear", 0.1) == pytest.approx(1.0)
+    assert rate(55, 100, "linear", 0.1) == pytest.approx(0.5)
+    assert rate(55, 100, "cosine", 0.1) == pytest.approx(0.5)
+    assert rate(99, 100, "constant", 0.0) == 1.0
+
+
+def test_advantages() -> None:
+    assert grpo.advantages([1, 0, 0, 1], "centred") == [0.5, -0.5, -0.5, 0.5]
+    assert grpo.advantages([1, 0, 0, 1], "standardised") == pytest.approx([1, -1, -1, 1], abs=1e-4)
+    assert grpo.advantages([1, 1, 1], "standardised") == [0, 0, 0]
+
+
+def policy(current: float, old: float, engine: float, advantage: float) -> grpo.PolicyTokens:
+    log = [torch.tensor([math.log(p)]) for p in (current, old, engine)]
+    return grpo.PolicyTokens(log[0].requires_grad_(), log[1], log[2], torch.tensor([advantage]))
+
+
+def test_policy_loss_by_hand() -> None:
+    loss, numbers = grpo.policy_loss(policy(0.6, 0.5, 0.4, 1.0), Grpo(), 1)
+    assert float(loss) == pytest.approx(-(1.2 * 1.25))
+    assert numbers["importance"] == pytest.approx(1.25)
+    assert numbers["gap"] == pytest.approx(math.log(0.5 / 0.4))
+
+
+@pytest.mark.parametrize(
+    ("current", "advantage", "moves"),
+    [(0.9, 1.0, False), (0.9, -1.0, True), (0.2, -1.0, False), (0.2, 1.0, True)],
+)
+def test_clipping_stops_the_gradient_only_outward(
+    current: float, advantage: float, moves: bool
+) -> None:
+    tokens = policy(current, 0.5, 0.5, advantage)
+    grpo.policy_loss(tokens, Grpo(), 1)[0].backward()
+    assert bool(tokens.current.grad.abs() > 0) is moves
+
+
+def test_importance_is_capped() -> None:
+    loss, numbers = grpo.policy_loss(policy(0.5, 0.5, 0.05, 1.0), Grpo(tis_cap=2.0), 1)
+    assert float(loss) == pytest.approx(-2.0) and numbers["importance_capped"] == 1.0
+    uncapped, _ = grpo.policy_loss(policy(0.5, 0.5, 0.05, 1.0), Grpo(tis_cap=0.0), 1)
+    assert float(uncapped) == pytest.approx(-1.0)
+
+
+def trajectory(prompt: list[int], completion: list[int]) -> Trajectory:
+    return Trajectory("p", prompt, completion, [-1.0] * len(completion), 0.5, 1.0, 0)
+
+
+def test_trajectories_pack_into_rows_in_the_order_of_their_logprobs(model: torch.nn.Module) -> None:
+    made = [
+        trajectory([1, 2, 3], [4, 5]),
+        trajectory([6], [7, 8, 9, 10]),
+        trajectory([11, 12], [13]),
+    ]
+    rows = rlvr.pack(made, 10)
+    assert [t for row in rows for t in row] == made and len(rows) == 2
+    batch = rlvr.as_micro_batch(rows, 10)
+    packed = token_logprobs(model, batch)
+    alone = [token_logprobs(model, rlvr.as_micro_batch([[t]], 10)) for row in rows for t in row]
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
