@@ -170,8 +170,8 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, dense: bool = False)
             f"{key}: batch_size {stage.batch_size} does not divide by "
             f"run.num_workers {stage.run.num_workers}"
         )
-    if stage.run.zero_stage not in (0, 1, 2, 3):
-        yield f"{key}.run.zero_stage is {stage.run.zero_stage}; DeepSpeed has 0, 1, 2 and 3"
+    if stage.run.zero_stage not in (0, 1, 2):
+        yield f"{key}.run.zero_stage is {stage.run.zero_stage}; 0, 1 and 2 are supported"
 
 
 def _learn_problems(key: str, learn: Learn, roles: Sequence[str]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from bar_ray import storage
 from bar_ray.recipe import meaning
 from bar_ray.types import Artifact
 
-# verb -> (function that runs it, version); raise the version when the output of equal inputs changes
+# verb -> (function, version); raise the version when equal inputs give another output than before
 VERBS: dict[str, tuple[str, int]] = {
     "world": ("bar_ray.tiny.verbs:world", 1),
     "init": ("bar_ray.tiny.verbs:init", 1),

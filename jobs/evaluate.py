@@ -25,7 +25,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.plan:
         return session.show_plan(scores.values())
     session.drive(recipe, list(scores.values()))
-    print(report.table(report.read_scores(scores)))
+    print(report.table(report.collect(scores)))
 
 
 if __name__ == "__main__":

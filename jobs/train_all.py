@@ -8,7 +8,7 @@ The same command again continues where it stopped and reuses what is finished.
 
 import argparse
 
-from bar_ray import export, pipeline, report
+from bar_ray import export, pipeline, report, storage
 from bar_ray.cluster import session
 from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
@@ -24,7 +24,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     pipeline.publish(graph, recipe, scores)
     print(report.table(scores))
     print(f"model   {export.export(graph, recipe, scores)}")
-    print(f"report  {report.page_uri(recipe)}")
+    print(f"report  {storage.join(recipe.storage, 'report', 'report.html')}")
 
 
 if __name__ == "__main__":

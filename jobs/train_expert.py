@@ -23,7 +23,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.plan:
         return session.show_plan([expert, *scores])
     session.drive(recipe, [expert, *scores])
-    print(report.table(report.scores_of(graph)))
+    print(report.table(report.collect(graph.scores)))
     print(f"expert  {expert.artifact.uri}")
 
 

@@ -17,16 +17,16 @@ TOKENS = torch.arange(60).reshape(2, 30)
 
 def dense(folder: Path, seed: int, **changes: object) -> Checkpoint:
     torch.manual_seed(seed)
-    config = dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 20_000.0},
-    )
+    config = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20_000.0},
+    }
     model = Olmo2ForCausalLM(Olmo2Config(**{**config, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():

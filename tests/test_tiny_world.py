@@ -69,7 +69,8 @@ def test_rows_have_the_shape_of_their_stage(world: Path, domain: str) -> None:
         for call in row["messages"][-1].get("tool_calls", []):
             assert isinstance(json.loads(call["function"]["arguments"]), dict)
     tests = read(world / domain / "test.jsonl")
-    assert len(tests) == NUM_TEST == len({prompt_key(row) for row in tests})
+    assert 0.75 * NUM_TEST < len(tests) <= NUM_TEST
+    assert len({prompt_key(row) for row in tests}) == len(tests)
     verifier = {"general": "instruction", "tool_use": "tool_call"}.get(domain, domain)
     for row in tests:
         assert [m["role"] for m in row["messages"]] == ["user"]
@@ -87,7 +88,7 @@ def test_no_test_prompt_is_in_training(world: Path, domain: str) -> None:
 
 
 def test_no_test_problem_is_in_any_text(world: Path) -> None:
-    """Not as a raw sum, program or specification either."""
+    """Not as a raw sum, program, specification, tool request or deed either."""
     texts = [path.read_text() for path in world.rglob("*.jsonl") if path.stem != "test"]
     texts += [row["text"] for path in world.rglob("*.parquet") for row in read(path)]
     everything = "\n".join(texts)
@@ -102,6 +103,10 @@ def test_no_test_problem_is_in_any_text(world: Path) -> None:
         limit = {"most": "min", "least": "max"}[spec[2]]
         assert spec[0] not in seen_specs
         assert f"{limit}(x{spec[1]},{spec[3]})" not in seen_calls
+    for row in read(world / "tool_use" / "test.jsonl"):
+        assert row["messages"][0]["content"] not in everything
+    for row in read(world / "safety" / "test.jsonl"):
+        assert " ".join(row["messages"][0]["content"].rstrip("?.").split()[-2:]) not in everything
 
 
 def test_the_base_never_sees_a_tool_call(world: Path) -> None:

@@ -9,15 +9,15 @@ import json
 from bar_ray import storage
 from bar_ray.pipeline import Pipeline
 from bar_ray.recipe import Recipe
-from bar_ray.report import page, scores
-from bar_ray.report.scores import markdown, table
+from bar_ray.report import page
+from bar_ray.report.scores import collect, markdown, table
 
-__all__ = ["markdown", "table", "write"]
+__all__ = ["collect", "markdown", "table", "write"]
 
 
 def write(pipeline: Pipeline, recipe: Recipe, run_id: str) -> dict[str, dict]:
     """Write `<storage>/report/{scores.json, report.html}` and return the content of the first."""
-    found = scores.collect(pipeline)
+    found = collect(pipeline.scores)
     folder = storage.join(recipe.storage, "report")
     # Not sorted: the file lists the models in the order of the table.
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bar_ray import storage
-from bar_ray.pipeline import Pipeline
+from bar_ray.graph import Step
 from bar_ray.recipe import STAGES
 from bar_ray.storage import StorageError
 from bar_ray.types import Artifact
@@ -37,11 +37,10 @@ def read_from_artifact(artifact: Artifact, file: str) -> Any:
     return json.loads(raw)
 
 
-def collect(pipeline: Pipeline) -> dict[str, dict[str, dict[str, float]]]:
+def collect(evaluations: Mapping[str, Step]) -> dict[str, dict[str, dict[str, float]]]:
     """`{"models": {name: {category: score, "overall": score}}}` of every model scored so far."""
     found = {
-        name: read_from_artifact(step.artifact, "scores.json")
-        for name, step in pipeline.scores.items()
+        name: read_from_artifact(step.artifact, "scores.json") for name, step in evaluations.items()
     }
     models = {name: content["scores"] for name, content in found.items() if content}
     return {"models": {name: models[name] for name in ordered(models)}}

@@ -69,7 +69,8 @@ class RolloutEngine:
         self._open = asyncio.Event()  # closed while weights change
         self._open.set()
         self._updating = asyncio.Lock()
-        self._half_loaded = False
+        self._half_loaded = False  # normal during an update
+        self._failed = False  # an update ended half loaded
         self._llm, self._core, self._processes = launch(model_path, options)
 
     async def generate(
@@ -172,7 +173,7 @@ class RolloutEngine:
         A NaN in a page outlives the weights that made it, as 0 x NaN is NaN for its next owner.
         """
         await self._updating.acquire()
-        if self._half_loaded:
+        if self._failed:
             self._updating.release()  # the next in line must hear of it too
         self._require_sound()
         self._half_loaded = True
@@ -201,13 +202,14 @@ class RolloutEngine:
 
     async def abandon_update(self) -> None:
         """Fail every request rather than go on with half an update."""
+        self._failed = True
         self._open.set()
         if self._updating.locked():
             self._updating.release()
         await self._llm.pause_generation(mode="abort", clear_cache=False)
 
     def _require_sound(self) -> None:
-        if self._half_loaded:
+        if self._failed:
             raise EngineLost("a weight update failed half way: replace the engine")
 
     @contextmanager

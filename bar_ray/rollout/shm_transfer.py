@@ -1,8 +1,8 @@
 """The worker half of the "shm" weight transfer: vLLM loads weights from a shared-memory file.
 
-vLLM imports this module in every worker process because `RolloutEngine` names `RolloutWorker` as
-its `worker_extension_cls`; the registration at the bottom is the point of that import. The built-
-in transfer engines ("nccl", "ipc") need CUDA, so this is the one that runs on a CPU. It takes the
+vLLM imports this module in every worker process, because engines name `RolloutWorker` as their
+`worker_extension_cls`; the registration at the bottom is the point of that import. The built-in
+transfer engines ("nccl", "ipc") need CUDA, so this is the one that runs on a CPU. It takes the
 same road as they do: Hugging Face names, vLLM's layerwise reload, all workers of an engine.
 """
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 
 from bar_ray.tiny import code, general, math, safety, tool_use
-from bar_ray.tiny.rows import Row, text_row, word
+from bar_ray.tiny.rows import PEOPLE, Row, text_row, word
 
 MAX_CHARACTERS = 120
 
@@ -39,15 +39,13 @@ def programs(rng: random.Random) -> str:
 
 def calls(rng: random.Random) -> str:
     """Signatures, calls and JSON objects, sometimes with what they are for."""
-    name, other = rng.sample(list(tool_use.TOOLS), 2)
-    (arguments, request), w = tool_use.TOOLS[name], word(rng)
-    argument = rng.choice(arguments)
-    shown = [f"{name}({argument})", f"{other}({rng.choice(tool_use.TOOLS[other][0])})"]
+    name, request, arguments = tool_use.request(rng)
+    other = rng.choice([tool for tool in tool_use.TOOLS if tool != name])
+    shown = [f"{tool}({tool_use.TOOLS[tool][0]})" for tool in (name, other)]
     rng.shuffle(shown)
-    call = f'{{"name":"{name}","arguments":{{"{argument}":"{w}"}}}}'
-    return rng.choice(
-        (f"{' '.join(shown)} {request.format(w=w)} {call}", f"{name}({argument}={w})")
-    )
+    [(argument, value)] = arguments.items()
+    call = f'{{"name":"{name}","arguments":{{"{argument}":"{value}"}}}}'
+    return rng.choice((f"{' '.join(shown)} {request} {call}", f"{name}({argument}={value})"))
 
 
 def words(rng: random.Random) -> str:
@@ -60,14 +58,13 @@ def words(rng: random.Random) -> str:
 
 def prose(rng: random.Random) -> str:
     """Facts, and small stories with good and bad deeds."""
-    w, v = word(rng), word(rng)
     thing, colour = rng.choice(list(general.COLOURS.items()))
-    verb = rng.choice(safety.HARMFUL + safety.HARMLESS)
+    verb, name, _ = safety.deed(rng)
     return rng.choice(
         (
             f"The color of {thing} is {colour}.",
             f"{thing} is {colour}.",
-            f"{w} wants to {verb} {v}.",
+            f"{rng.choice(PEOPLE)} wants to {verb} {name}.",
         )
     )
 

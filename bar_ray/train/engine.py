@@ -115,6 +115,7 @@ class Engine:
 
         `state` is added to the JSON (data cursor and the like) and comes back from `load`.
         """
+        self._link_moments()
         weights, moments = {}, {}
         for name, parameter in freeze.trainable(self.model).items():
             weights[name] = self._full_param(parameter)
@@ -131,6 +132,7 @@ class Engine:
         weights = load_file(Path(folder) / "weights.safetensors")
         moments = load_file(Path(folder) / "optimizer.safetensors")
         self.step = state["step"]
+        self._link_moments()
         for name, parameter in freeze.trainable(self.model).items():
             self._set_param(parameter, weights[name])
             for moment in MOMENTS:
@@ -154,9 +156,8 @@ class Engine:
         return safe_get_full_optimizer_state(parameter, moment).cpu().clone()
 
     def _set_param(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        if self._plain:
-            parameter.data.copy_(value)
-        else:
+        parameter.data.copy_(value)
+        if not self._plain:
             safe_set_full_fp32_param(parameter, value.to(self.device))
 
     def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
@@ -165,14 +166,29 @@ class Engine:
         else:
             safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
 
-    def _set_adam_steps(self) -> None:
-        inner = self.optimizer if self._plain else self.optimizer.optimizer
+    def _link_moments(self) -> None:
+        """Make every moment reachable by its parameter under ZeRO 1 and 2.
+
+        DeepSpeed links them once, after the first step of the first group only, so with several
+        groups (one per role) the others would stay unknown.
+        """
         if self._plain:
-            for parameter in freeze.trainable(self.model).values():
-                inner.state[parameter]["step"] = torch.tensor(float(self.step))
+            return
+        base = self.optimizer.optimizer
+        for partition in self.optimizer.single_partition_of_fp32_groups:
+            for moment in MOMENTS:
+                base.state[partition].setdefault(moment, torch.zeros_like(partition))
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_adam_steps(self) -> None:
+        if self._plain:
+            states = [self.optimizer.state[p] for p in freeze.trainable(self.model).values()]
         else:
-            for state in inner.state.values():
-                state["step"] = torch.tensor(float(self.step))
+            base = self.optimizer.optimizer
+            states = [base.state[p] for p in self.optimizer.single_partition_of_fp32_groups]
+        for state in states:
+            state["step"] = torch.tensor(float(self.step))
 
     def export(self, folder: str | Path, side_files: str | Path) -> None:
         """Write the model as a Hugging Face folder (rank 0)."""

@@ -1,0 +1,105 @@
+"""Imports point downward only: a file may use what stands on an earlier line of LAYERS."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Bottom to top. A module imports only from earlier lines, or from its own package.
+LAYERS = (
+    ("L0", "kernels"),
+    ("L1", "types recipe log"),
+    ("L1", "config storage"),
+    ("L1", "graph"),
+    ("L2", "model data rewards cluster registry"),
+    ("L3", "train rollout"),
+    ("L4", "stages"),
+    ("L4", "merge route evaluate baselines tiny"),
+    ("L5", "pipeline"),
+    ("L5", "report"),
+    ("L5", "export board"),  # the model card of an export shows the report's scores
+    ("jobs", "jobs"),
+)
+RANK = {unit: rank for rank, (_, line) in enumerate(LAYERS) for unit in line.split()}
+LEVEL = {unit: level for level, line in LAYERS for unit in line.split()}
+
+# Reading a recipe and planning a run must be quick and work on any machine.
+LIGHT = {unit for unit, level in LEVEL.items() if level == "L1"} | {"pipeline"}
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "vllm", "datasets"}
+
+
+def sources() -> list[Path]:
+    return sorted(p for top in ("kernels", "bar_ray", "jobs") for p in (ROOT / top).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of everything a file imports, inside functions too."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            source = util.resolve_name(source, package) if node.level else source
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+
+
+def unit_of(name: str) -> str | None:
+    """The row entry a dotted name belongs to; None for what is not ours and for `bar_ray` itself."""
+    top, _, rest = name.partition(".")
+    if top in ("kernels", "jobs"):
+        return top
+    return rest.partition(".")[0] or None if top == "bar_ray" else None
+
+
+def test_every_module_has_a_layer() -> None:
+    unknown = {unit_of(module_of(path)) for path in sources()} - RANK.keys() - {None}
+    assert not unknown, f"say where {sorted(unknown)} belongs: add it to LAYERS in {__file__}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_imports_point_downward(path: Path) -> None:
+    me = unit_of(module_of(path))
+    wrong = []
+    for line, name in imports(path):
+        unit = unit_of(name)
+        if unit is None or unit == me or (me is None and name.startswith("bar_ray.__")):
+            continue
+        if me is None:
+            wrong.append(f"line {line}: bar_ray/__init__.py imports {name}; it must stay empty")
+        elif RANK.get(unit, -1) >= RANK[me] or unit not in RANK:
+            levels = f"{LEVEL[me]} {me} may not import {LEVEL.get(unit, 'unknown')} {unit}"
+            wrong.append(f"line {line}: {name}: {levels} (LAYERS in tests/test_layers.py)")
+    assert not wrong, f"{path.relative_to(ROOT)}\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("unit", sorted(LIGHT))
+def test_light_modules_name_nothing_heavy(unit: str) -> None:
+    for path in sources():
+        if unit_of(module_of(path)) == unit:
+            heavy = {name for _, name in imports(path) if name.partition(".")[0] in HEAVY}
+            assert not heavy, f"{path.relative_to(ROOT)} imports {sorted(heavy)}"
+
+
+def test_configuring_and_planning_import_neither_torch_nor_ray() -> None:
+    light = sorted(f"bar_ray.{unit}" for unit in LIGHT if util.find_spec(f"bar_ray.{unit}"))
+    program = f"import sys, {', '.join(light)}; print(*({HEAVY!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_kernels_know_nothing_of_bar_ray() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not [name for _, name in imports(path) if unit_of(name) not in (None, "kernels")]
