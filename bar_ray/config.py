@@ -21,7 +21,6 @@ from bar_ray.types import UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
 ADVANTAGES = ("centred", "standardised")
-TRANSFERS = ("auto", "shm", "nccl", "ipc")
 DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
 
 
@@ -196,7 +195,6 @@ def _rlvr_problems(key: str, rlvr: Any) -> Iterator[str]:
     if rlvr.grpo.samples < 2:
         yield f"{key}.grpo.samples is {rlvr.grpo.samples}; a group needs at least 2 samples"
     yield from _choice(f"{key}.grpo.advantage", rlvr.grpo.advantage, ADVANTAGES)
-    yield from _choice(f"{key}.rollout.transfer", rlvr.rollout.transfer, TRANSFERS)
 
 
 def _router_problems(recipe: Recipe) -> Iterator[str]:

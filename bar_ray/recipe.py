@@ -120,7 +120,6 @@ class Rollout:
     threads: int = how(1, "OpenMP threads of an engine on CPU")
     max_num_seqs: int = how(256, "sequences an engine decodes at once")
     kv_cache_gib: float = how(1.0, "KV cache of one engine on CPU, GiB")
-    transfer: str = how("auto", "weight transfer: shm, nccl, ipc, or auto by device")
 
 
 @dataclass(frozen=True)

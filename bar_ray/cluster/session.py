@@ -19,7 +19,6 @@ from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
 
 RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -103,10 +102,18 @@ def _connect(recipe: Recipe) -> None:
             ray.init(address=address, **quiet)
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at {address} (cluster.address)") from error
+    _protect_token()
     ray.data.DataContext.get_current().enable_progress_bars = False
     url = ray.get_runtime_context().gcs_address
     total = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
     print(f"ray {ray.__version__} at {url} with {total}", flush=True)
+
+
+def _protect_token() -> None:
+    """Ray writes its authentication token readable for everybody."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if token.is_file() and token.stat().st_uid == os.getuid():
+        token.chmod(0o600)
 
 
 def _execute(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:

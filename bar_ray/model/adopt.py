@@ -11,6 +11,7 @@ from typing import Any
 from bar_ray import storage
 from bar_ray.model import tensors
 from bar_ray.model.tensors import Checkpoint
+from bar_ray.types import UserError
 
 KEPT = ("config.json", "model.safetensors.index.json", *tensors.SIDE_FILES)
 
@@ -23,7 +24,10 @@ def run(step: Any, run: Any) -> None:
             name = file.split("?")[0].rsplit("/", 1)[-1]
             if name in KEPT or name.endswith(".safetensors"):
                 copy(file, Path(folder, name))
-        Checkpoint(folder)  # refuses what is not whole
+        try:
+            Checkpoint(folder)  # refuses what is not whole
+        except UserError as error:
+            raise UserError(str(error).replace(folder, uri)) from error
 
 
 def copy(uri: str, target: Path) -> None:

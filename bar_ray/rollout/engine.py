@@ -160,12 +160,6 @@ class RolloutEngine:
                 if self._half_loaded:
                     await self.abandon_update()
 
-    async def init_transfer(self, init_info: dict[str, Any]) -> None:
-        """Join the sender's transfer group: "nccl" and "ipc"; "shm" needs none."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
-
     async def start_update(self, fresh: bool = False) -> None:
         """Hold every request where it is and make the layers ready to be loaded.
 

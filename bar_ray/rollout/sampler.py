@@ -11,11 +11,12 @@ from statistics import fmean
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import ray
 
 from bar_ray import rewards
 from bar_ray.data import chat, formats
-from bar_ray.data.mixture import Mixture
+from bar_ray.data.mixture import Mixture, steps_of
 from bar_ray.recipe import Rlvr
 from bar_ray.rollout.engine import Sampling
 from bar_ray.train.grpo import advantages
@@ -88,8 +89,6 @@ class Sampler:
         prompts = load_prompts(folder, uris, stage.seq_len - stage.rollout.max_tokens)
         self.sources = list(prompts.values())
         sizes = [len(source) for source in self.sources]
-        from bar_ray.data.mixture import steps_of
-
         self.num_steps = steps_of(stage.steps, stage.epochs, stage.batch_size, sum(sizes))
         shares = [stage.data[name] for name in prompts]
         self.mixture = Mixture(sizes, shares, self.num_steps * stage.batch_size, self.seed)
@@ -105,10 +104,13 @@ class Sampler:
         mixture = self.mixture
         return [self.sources[mixture.source[p]][mixture.row[p]] for p in places]
 
-    def update_weights(self, version: int, weights: dict[str, Any]) -> float:
-        """Push weights to every engine; returns seconds. Late engines are named."""
-        started = monotonic()
-        refs = [engine.update_weights.remote(version, weights) for engine in self.engines]
+    def update_weights(self, version: int, boxed: list[Any]) -> float:
+        """Push weights to every engine; returns seconds. Late engines are named.
+
+        `boxed` holds one reference: passed on as it is, the arrays are never copied here.
+        """
+        started, (weights_ref,) = monotonic(), boxed
+        refs = [engine.update_weights.remote(version, weights_ref) for engine in self.engines]
         wait_all(refs, SYNC_DEADLINE_S, "weight update")
         return monotonic() - started
 
@@ -165,25 +167,23 @@ class Sampler:
     def _generate(self, step: int, prompts: list[Prompt]) -> list[list[Any]]:
         """Completions by prompt; prompts are dealt to the engines in turn."""
         rollout, num = self.stage.rollout, len(self.engines)
-        sampling = Sampling(
-            n=self.stage.grpo.samples,
-            temperature=rollout.temperature,
-            max_tokens=rollout.max_tokens,
-            seed=hash_seed(self.seed, step),
-            stop_token_ids=tuple(chat.stop_ids(self.tokenizer)),
-        )
-        shares = [[p.tokens for p in prompts[i::num]] for i in range(num)]
-        refs = [
-            engine.generate.remote(share, sampling)
-            for engine, share in zip(self.engines, shares, strict=True)
-        ]
+        refs = []
+        for index, engine in enumerate(self.engines):
+            sampling = Sampling(
+                n=self.stage.grpo.samples,
+                temperature=rollout.temperature,
+                max_tokens=rollout.max_tokens,
+                seed=sampling_seed(self.seed, step, index),
+                stop_token_ids=tuple(chat.stop_ids(self.tokenizer)),
+            )
+            refs.append(engine.generate.remote([p.tokens for p in prompts[index::num]], sampling))
         answers = wait_all(refs, GENERATE_DEADLINE_S, "generation")
         return [answers[i % num][i // num] for i in range(len(prompts))]
 
 
-def hash_seed(seed: int, step: int) -> int:
-    """A sampling seed that differs in every step, far enough apart for every sample's offset."""
-    return (seed * 1_000_003 + step) * 100_003 % 2**31
+def sampling_seed(seed: int, step: int, engine: int) -> int:
+    """A first seed for the samples of an engine in a step; they count up from it."""
+    return int(np.random.SeedSequence([seed, step, engine]).generate_state(1)[0] >> 1)
 
 
 def wait_all(refs: list[Any], deadline_s: float, what: str) -> list[Any]:

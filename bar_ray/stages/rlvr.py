@@ -162,7 +162,7 @@ class Learner(lm.Worker):
         every = experts.disk_tensors(self.engine.model)
         changed = {experts.disk_name(name) for name in freeze.trainable(self.engine.model)}
         sent = {n: every[n].float().cpu().numpy() for n in complete_layers(changed, every)}
-        return ray.get(self.sampler.update_weights.remote(self.engine.step, sent))
+        return ray.get(self.sampler.update_weights.remote(self.engine.step, [ray.put(sent)]))
 
     def canary(self, batch: RolloutBatch) -> float:
         """The mean gap between learner and engines on fixed completions, after every push."""

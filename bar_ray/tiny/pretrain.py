@@ -45,7 +45,9 @@ def calls(rng: random.Random) -> str:
     rng.shuffle(shown)
     [(argument, value)] = arguments.items()
     call = f'{{"name":"{name}","arguments":{{"{argument}":"{value}"}}}}'
-    return rng.choice((f"{' '.join(shown)} {request} {call}", f"{name}({argument}={value})"))
+    return rng.choice(
+        (f"{' '.join(shown)} {request} {call}", f'{request} {{"{argument}":"{value}"}}')
+    )
 
 
 def words(rng: random.Random) -> str:
@@ -64,15 +66,15 @@ def prose(rng: random.Random) -> str:
         (
             f"The color of {thing} is {colour}.",
             f"{thing} is {colour}.",
-            f"{rng.choice(PEOPLE)} wants to {verb} {name}.",
+            f"{rng.choice(PEOPLE)} wants to {verb} {name}. They {verb} {name}!",
         )
     )
 
 
 KINDS: dict[str, tuple[Callable[[random.Random], str], float]] = {
-    "sums": (sums, 0.3),
+    "sums": (sums, 0.25),
     "programs": (programs, 0.2),
-    "calls": (calls, 0.25),
+    "calls": (calls, 0.3),
     "words": (words, 0.15),
     "prose": (prose, 0.1),
 }

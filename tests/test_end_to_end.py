@@ -1,0 +1,247 @@
+"""The recipe on real parts: Ray, DeepSpeed, vLLM, the sandbox, S3; killed and continued.
+
+Step counts are cut down until nothing is learned: what is checked here is that every part does its
+work, not how good the models are (`make demo` shows that).
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from bar_ray import config, pipeline, storage
+
+pytestmark = pytest.mark.slow
+
+SHORT = (
+    "tiny.pretrain.steps=12",
+    "tiny.post_train.steps=6",
+    "stages.midtrain.steps=4",
+    "stages.sft.steps=12",
+    "stages.rlvr.steps=4",
+    "stages.rlvr.batch_size=4",
+    "stages.rlvr.rollout.max_tokens=12",
+    "router.steps=12",
+    "evaluate.limit=6",
+    "evaluate.max_tokens=12",
+)
+FREQUENT = (
+    "stages.sft.run.checkpoint_every=3",
+    "stages.rlvr.run.checkpoint_every=1",
+    "router.run.checkpoint_every=3",
+)
+
+
+def command(job: str, store: str, *arguments: str) -> list[str]:
+    return [
+        sys.executable,
+        f"jobs/{job}.py",
+        "conf/tiny.yaml",
+        f"storage={store}",
+        *SHORT,
+        *arguments,
+    ]
+
+
+def run(job: str, store: str, *arguments: str) -> str:
+    done = subprocess.run(
+        command(job, store, *arguments), capture_output=True, text=True, timeout=1400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def built(store: str, *overrides: str) -> pipeline.Pipeline:
+    return pipeline.build(config.load("conf/tiny.yaml", [f"storage={store}", *SHORT, *overrides]))
+
+
+# --- the whole pipeline on an S3-protocol server -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A bucket on a real S3-protocol server."""
+    from moto.server import ThreadedMotoServer
+
+    keys = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in keys.items():
+            patch.setenv(name, value)
+        endpoint = f"endpoint_override=127.0.0.1:{port}&scheme=http"
+        filesystem, _ = storage.resolve(f"s3://bucket?{endpoint}&allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket/run?{endpoint}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def finished(s3: str) -> tuple[str, str]:
+    """Storage and console output of a whole run."""
+    return s3, run("train_all", s3)
+
+
+def test_whole_recipe_on_object_storage(finished: tuple[str, str]) -> None:
+    store, output = finished
+    graph = built(store)
+    for step in (*graph.targets, *graph.experts.values(), graph.merged):
+        storage.verify(step.artifact.uri)
+    scores = storage.read_json(storage.join(store, "report", "scores.json"))["models"]
+    assert {"base", "math midtrain", "math sft", "math rlvr", "safety sft", "merged", "bar"} <= set(
+        scores
+    )
+    assert all(
+        set(s) == {*("general", "math", "code"), *("tool_use", "safety", "overall")}
+        for s in scores.values()
+    )
+    page = storage.read_bytes(storage.join(store, "report", "report.html")).decode()
+    assert "</html>" in page
+    assert "overall" in output
+    math = storage.read_json(storage.join(store, "experts", "math.json"))
+    assert math[-1]["fingerprint"] == graph.experts["math"].fingerprint
+    assert math[-1]["scores"]["overall"] == scores["math rlvr"]["overall"]
+
+
+def test_exported_model_agrees_in_transformers_and_vllm(finished: tuple[str, str]) -> None:
+    store, _ = finished
+    folder = storage.fetch(storage.join(store, "model"))
+    assert (Path(folder) / "README.md").exists()
+    tokens = [5, 9, 13, 21, 8, 30, 17, 6, 40, 11, 25, 7]
+    ours = hugging_face_logprobs(folder, tokens)
+    theirs = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", VLLM_LOGPROBS, folder, json.dumps(tokens)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout.splitlines()[-1]
+    )
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+
+
+VLLM_LOGPROBS = """
+import json, os, sys
+os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+               "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", max_model_len=64, enforce_eager=True,
+          kv_cache_memory_bytes=2**26, max_num_seqs=4)
+tokens = json.loads(sys.argv[2])
+params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
+output = llm.generate([{"prompt_token_ids": tokens}], params)[0]
+print(json.dumps([output.prompt_logprobs[i][tokens[i]].logprob for i in range(1, len(tokens))]))
+"""
+
+
+def hugging_face_logprobs(folder: str, tokens: list[int]) -> list[float]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1)
+    return [float(logprobs[i - 1, tokens[i]]) for i in range(1, len(tokens))]
+
+
+def test_the_same_command_again_reuses_everything(finished: tuple[str, str]) -> None:
+    store, _ = finished
+    before = manifests(store)
+    started = time.monotonic()
+    output = run("train_all", store)
+    assert "0 to run, 40 reused" in output
+    assert time.monotonic() - started < 60
+    assert manifests(store) == before
+
+
+def test_a_checkpoint_can_be_scored_alone(finished: tuple[str, str]) -> None:
+    store, _ = finished
+    assert "0 to run" in run("evaluate", store, "--model", "math sft")
+    plan = run("evaluate", store, "--plan", "--checkpoint", built(store).branch.artifact.uri)
+    assert "2 to run" in plan or "evaluate" in plan
+
+
+def manifests(store: str) -> dict[str, str]:
+    """Artifact -> hash of its files."""
+    found = storage.list_files(storage.join(store, "artifacts"), recursive=True)
+    places = [uri.replace("/MANIFEST.json", "") for uri in found if "MANIFEST.json" in uri]
+    return {place: storage.read_manifest(place).sha256 for place in places}
+
+
+# --- killed and continued ------------------------------------------------------------------------
+
+ONLY_MATH = ("experts.code=null", "experts.tool_use=null", "experts.safety=null")
+
+
+def kill_after_a_checkpoint(verb: str, job: str, store: str, *arguments: str) -> None:
+    """Start a job, wait for a checkpoint of a stage, kill -9 the driver: nothing may be left."""
+    with subprocess.Popen(
+        command(job, store, *arguments), stdout=subprocess.DEVNULL, start_new_session=True
+    ) as driver:
+        deadline = time.monotonic() + 600
+        while not list(Path(store, "checkpoints", verb).glob("*/*/*/MANIFEST.json")):
+            assert driver.poll() is None, "the driver ended before it could be killed"
+            assert time.monotonic() < deadline, f"no checkpoint of {verb}"
+            time.sleep(0.1)
+        started = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive, f"left behind: {alive}"
+
+
+def test_killed_driver_continues_to_bitwise_the_same_model(tmp_path: Path) -> None:
+    expert = ("experts.math.rlvr=null", *ONLY_MATH, *FREQUENT)
+    straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
+    run("train_router", straight, *expert)
+    shutil.copytree(straight, killed)
+    for verb in ("midtrain", "sft", "merge", "route"):
+        shutil.rmtree(Path(killed, "artifacts", verb))
+    for verb in ("sft", "route"):
+        kill_after_a_checkpoint(verb, "train_router", killed, *expert)
+    output = run("train_router", killed, *expert)
+    assert "continues at step" in output
+    for step in (s for s in built(killed, *expert).bar.inputs.values()):
+        storage.verify(step.artifact.uri)
+    ours = {place.removeprefix(killed): sha for place, sha in manifests(killed).items()}
+    theirs = {place.removeprefix(straight): sha for place, sha in manifests(straight).items()}
+    assert ours == theirs
+    assert not list(Path(killed, "checkpoints").glob("*/*/*/step-*")), "checkpoints are cleared"
+
+    # The same base, with RLVR: every prompt of the plan is consumed exactly once.
+    rlvr = (*ONLY_MATH, *FREQUENT)
+    kill_after_a_checkpoint("rlvr", "merge", killed, *rlvr)
+    output = run("merge", killed, *rlvr)
+    assert "continues at step" in output
+    assert consumed(killed, *rlvr) == planned_prompts(killed, *rlvr)
+
+
+def consumed(store: str, *overrides: str) -> list[str]:
+    folder = storage.fetch(built(store, *overrides).experts["math"].artifact.uri)
+    by_step = json.loads(Path(folder, "consumed.json").read_text())
+    assert len(by_step) == 4
+    return sorted(prompt for step in by_step for prompt in step)
+
+
+def planned_prompts(store: str, *overrides: str) -> list[str]:
+    """The prompts that a run of 4 steps of 4 prompts is to consume, from data and seed alone."""
+    from bar_ray.data.mixture import Mixture
+
+    graph = built(store, *overrides)
+    world = storage.fetch(graph.experts["math"].inputs["tiny"].artifact.uri)
+    rows = [json.loads(line) for line in Path(world, "math/rlvr.jsonl").read_text().splitlines()]
+    mixture: Any = Mixture([len(rows)], [1.0], 16, seed=0)
+    return sorted(rows[place]["id"] for place in mixture.row)
