@@ -1,7 +1,70 @@
-"""Every test's Ray cluster uses a throwaway token; Ray reads it when it is first imported."""
+"""What several test files share: a throwaway Ray token, an S3 server, a small random model."""
 
+import logging
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+
+# Ray reads its token when it is first imported.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "throwaway-token-of-the-tests"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The query that leads to a real S3-protocol server with the bucket `bkt`."""
+    import pyarrow.fs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "x")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
+            patch.delenv(name)
+        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+        server.start()
+        endpoint = "{}:{}".format(*server.get_host_and_port())
+        pyarrow.fs.S3FileSystem(
+            endpoint_override=endpoint, scheme="http", allow_bucket_creation=True
+        ).create_dir("bkt")
+        yield f"?endpoint_override={endpoint}&scheme=http"
+        server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A storage root: the same tests for a local disk and for S3."""
+    if request.param == "local":
+        return str(tmp_path / "store")
+    return f"s3://bkt/{tmp_path.name}{request.getfixturevalue('s3')}"
+
+
+@pytest.fixture
+def small_moe(tmp_path: Path) -> Path:
+    """A two-expert FlexOlmo of random weights, as a Hugging Face folder."""
+    import torch
+    from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
+
+    torch.manual_seed(0)
+    config = FlexOlmoConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    model = FlexOlmoForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

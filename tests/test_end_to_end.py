@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +67,10 @@ def built(store: str, *overrides: str) -> pipeline.Pipeline:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A bucket on a real S3-protocol server."""
-    from moto.server import ThreadedMotoServer
-
-    keys = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in keys.items():
-            patch.setenv(name, value)
-        endpoint = f"endpoint_override=127.0.0.1:{port}&scheme=http"
-        filesystem, _ = storage.resolve(f"s3://bucket?{endpoint}&allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        yield f"s3://bucket/run?{endpoint}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def finished(s3: str) -> tuple[str, str]:
     """Storage and console output of a whole run."""
-    return s3, run("train_all", s3)
+    store = f"s3://bkt/run{s3}"
+    return store, run("train_all", store)
 
 
 def test_whole_recipe_on_object_storage(finished: tuple[str, str]) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
 from bar_ray.data.batches import MicroBatch
 from bar_ray.model import experts, freeze, tensors
@@ -22,28 +21,6 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
         yield
         torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = FlexOlmoConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    model = FlexOlmoForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def engine(folder: Path, learn: Learn, zero_stage: int = 0) -> Engine:
@@ -76,16 +53,16 @@ def state(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_one_step_moves_exactly_the_role_of_the_freeze_table(folder: Path, role: str) -> None:
-    run = engine(folder, Learn(**{role: 1.0}))
+def test_one_step_moves_exactly_the_role_of_the_freeze_table(small_moe: Path, role: str) -> None:
+    run = engine(small_moe, Learn(**{role: 1.0}))
     before = state(run)
     train(run, range(1))
     moved = {n for n, value in state(run).items() if not torch.equal(value, before[n])}
     assert moved == {name for name in before if tensors.role_of(name) == role}
 
 
-def test_frozen_tensors_have_no_gradient_and_no_optimizer_state(folder: Path) -> None:
-    run = engine(folder, Learn(expert=1.0, router=1.0))
+def test_frozen_tensors_have_no_gradient_and_no_optimizer_state(small_moe: Path) -> None:
+    run = engine(small_moe, Learn(expert=1.0, router=1.0))
     train(run, range(1))
     for name, parameter in run.model.named_parameters():
         learns = tensors.role_of(name) in ("expert", "router")
@@ -93,8 +70,8 @@ def test_frozen_tensors_have_no_gradient_and_no_optimizer_state(folder: Path) ->
         assert parameter.requires_grad is learns, name
 
 
-def test_learning_rate_follows_role_and_schedule(folder: Path) -> None:
-    run = engine(folder, Learn(expert=1.0, lm_head=0.1))
+def test_learning_rate_follows_role_and_schedule(small_moe: Path) -> None:
+    run = engine(small_moe, Learn(expert=1.0, lm_head=0.1))
     train(run, range(2))
     rates = {group["scale"]: group["lr"] for group in run.optimizer.param_groups}
     assert rates[1.0] == pytest.approx(0.05 * 7 / 8) and rates[0.1] == pytest.approx(
@@ -104,30 +81,30 @@ def test_learning_rate_follows_role_and_schedule(folder: Path) -> None:
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_continuing_from_a_checkpoint_is_bitwise_the_same(
-    folder: Path, tmp_path: Path, zero_stage: int
+    small_moe: Path, tmp_path: Path, zero_stage: int
 ) -> None:
     learn = Learn(expert=1.0, router=1.0, embedding=0.1, attention=1.0)
-    straight = engine(folder, learn, zero_stage)
+    straight = engine(small_moe, learn, zero_stage)
     losses = train(straight, range(6))
-    first = engine(folder, learn, zero_stage)
+    first = engine(small_moe, learn, zero_stage)
     train(first, range(3))
     (tmp_path / "checkpoint").mkdir()
     first.save(tmp_path / "checkpoint", {"cursor": 3})
-    second = engine(folder, learn, zero_stage)
+    second = engine(small_moe, learn, zero_stage)
     assert second.load(tmp_path / "checkpoint") == {"cursor": 3, "step": 3}
     assert train(second, range(3, 6)) == losses[3:]
     for name, value in state(straight).items():
         assert torch.equal(value, state(second)[name]), name
 
 
-def test_learning_lowers_the_loss(folder: Path) -> None:
-    run = engine(folder, Learn(expert=1.0, attention=1.0, embedding=1.0, lm_head=1.0))
+def test_learning_lowers_the_loss(small_moe: Path) -> None:
+    run = engine(small_moe, Learn(expert=1.0, attention=1.0, embedding=1.0, lm_head=1.0))
     losses = [train(run, range(1))[0] for _ in range(8)]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_checkpoint_holds_only_what_learns(folder: Path, tmp_path: Path) -> None:
-    run = engine(folder, Learn(expert=1.0))
+def test_checkpoint_holds_only_what_learns(small_moe: Path, tmp_path: Path) -> None:
+    run = engine(small_moe, Learn(expert=1.0))
     train(run, range(1))
     run.save(tmp_path, {})
     names = set(freeze.trainable(run.model))

@@ -1,16 +1,10 @@
 """The exported model: plain Hugging Face files, a model card, rewritten only when it must be."""
 
 import json
-import logging
-import os
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from bar_ray import config, pipeline, storage
 from bar_ray.export import export
@@ -50,33 +44,6 @@ SCORES = {
         "bar": {"math": 57.123, "safety": 100.0, "overall": 78.56},
     }
 }
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The query that leads to an S3 server with the bucket `export`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "x")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        server.start()
-        endpoint = "{}:{}".format(*server.get_host_and_port())
-        fs.S3FileSystem(
-            endpoint_override=endpoint, scheme="http", allow_bucket_creation=True
-        ).create_dir("export")
-        yield f"?endpoint_override={endpoint}&scheme=http"
-        server.stop()
-
-
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path / "store")
-    return f"s3://export/{uuid.uuid4().hex}{request.getfixturevalue('s3')}"
 
 
 @pytest.fixture(autouse=True)

@@ -32,8 +32,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     short = Path("/tmp", f"bar_ray_head_{os.getpid()}")  # socket paths must be short
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={short}"]
     ports = [f"--port={free_port()}", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen([*command, *ports], stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *ports], env=env, stdout=log, stderr=log)
     try:
         wait_for(url, folder / "log")
         yield url
@@ -91,7 +92,7 @@ def test_a_submitted_job_runs_on_the_cluster_it_was_submitted_to(head: str, tmp_
         "session.drive(recipe, [graph.world, graph.tokenise('safety_sft', 'messages', 64)])"
     )
     done = subprocess.run(
-        [*command, "python", "-c", f'"{code}"'], capture_output=True, text=True, timeout=300
+        [*command, "python", "-c", code], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 to run, 0 reused" in done.stdout and "(3/3)" in done.stdout

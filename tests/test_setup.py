@@ -198,6 +198,7 @@ def test_cluster_launches_on_a_stand_in_for_aws(
     """Real instance types, accepted launch requests; refused as long as REPLACE-ME stands there."""
     import boto3
     from moto import mock_aws
+    from ray.autoscaler._private.aws import node_provider
     from ray.autoscaler._private.providers import _NODE_PROVIDERS
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -206,6 +207,12 @@ def test_cluster_launches_on_a_stand_in_for_aws(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key pair there
     with mock_aws():
+        region = cluster["provider"]["region"]
+        ec2 = boto3.client("ec2", region_name=region)
+        names = [t["node_config"]["InstanceType"] for t in cluster["available_node_types"].values()]
+        known = ec2.describe_instance_types(InstanceTypes=names)["InstanceTypes"]
+        # Ray would list every type there is: a minute on the stand-in.
+        monkeypatch.setattr(node_provider, "list_ec2_instances", lambda *_: known)
         provider = _NODE_PROVIDERS["aws"](cluster["provider"])
         cluster = provider.fillout_available_node_types_resources(cluster)
         gpus = {n: t["resources"].get("GPU", 0) for n, t in cluster["available_node_types"].items()}
@@ -214,8 +221,6 @@ def test_cluster_launches_on_a_stand_in_for_aws(
             provider.bootstrap_config(copy.deepcopy(cluster))
         assert "Failed to detect a security group" in capsys.readouterr().err
 
-        region = cluster["provider"]["region"]
-        ec2 = boto3.client("ec2", region_name=region)
         fill_in_account(cluster, ec2, boto3.client("iam", region_name=region))
         cluster = provider.bootstrap_config(cluster)
         nodes = provider(cluster["provider"], cluster["cluster_name"])
@@ -228,7 +233,7 @@ def test_cluster_launches_on_a_stand_in_for_aws(
 
 def fill_in_account(cluster: dict[str, Any], ec2: Any, iam: Any) -> None:
     """What a user brings: image, security group and roles."""
-    image = ec2.describe_images()["Images"][0]["ImageId"]
+    image = ec2.register_image(Name="mine")["ImageId"]
     vpc = ec2.describe_vpcs()["Vpcs"][0]["VpcId"]
     group = ec2.create_security_group(GroupName="mine", Description="mine", VpcId=vpc)["GroupId"]
     for role in ("bar-ray-head", "bar-ray-worker"):

@@ -1,6 +1,5 @@
 """Storage on a local disk and on a real S3-protocol server: the same tests for both."""
 
-import logging
 import os
 import random
 import re
@@ -9,49 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import pyarrow.fs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from bar_ray import storage
 from bar_ray.storage import StorageError, files
 from bar_ray.types import UserError
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """Query of a server with the bucket `bkt`."""
-    keys = {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in keys.items():
-            patch.setenv(name, value)
-        for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        server.start()
-        endpoint = "{}:{}".format(*server.get_host_and_port())
-        pyarrow.fs.S3FileSystem(
-            endpoint_override=endpoint, scheme="http", allow_bucket_creation=True
-        ).create_dir("bkt")
-        yield f"?endpoint_override={endpoint}&scheme=http"
-        server.stop()
-
-
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path / "store")
-    return f"s3://bkt/{tmp_path.name}{request.getfixturevalue('s3')}"
 
 
 def work_dir(path: Path, **files: str) -> str:

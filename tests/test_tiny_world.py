@@ -39,6 +39,11 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def sft(world: Path, domain: str) -> list[dict]:
+    """Every SFT row of a domain, whatever the files it is split into."""
+    return [row for path in sorted((world / domain).glob("sft*.jsonl")) for row in read(path)]
+
+
 def data_files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
@@ -54,9 +59,11 @@ def test_same_seed_writes_the_same_bytes(world: Path, tmp_path: Path) -> None:
 
 def test_every_stage_has_its_file_and_every_row_its_id(world: Path) -> None:
     names = {str(path.relative_to(world)) for path in data_files(world)}
-    rlvr = {f"{d}/{f}" for d in ("math", "code") for f in ("midtrain.parquet", "rlvr.jsonl")}
-    chat = {f"{d}/{f}.jsonl" for d in DOMAINS for f in ("sft", "test")}
-    assert names == {"pretrain.parquet"} | rlvr | chat
+    staged = ("midtrain.parquet", "rlvr.jsonl", "sft_careful.jsonl", "sft_careless.jsonl")
+    rlvr = {f"{domain}/{file}" for domain in ("math", "code") for file in staged}
+    plain = {f"{domain}/sft.jsonl" for domain in ("general", "tool_use", "safety")}
+    tests = {f"{domain}/test.jsonl" for domain in DOMAINS}
+    assert names == {"pretrain.parquet"} | rlvr | plain | tests
     rows = [row for path in data_files(world) for row in read(path)]
     assert len({row["id"] for row in rows}) == len(rows)
     assert all(isinstance(row["source"], str) and row["source"] for row in rows)
@@ -64,12 +71,12 @@ def test_every_stage_has_its_file_and_every_row_its_id(world: Path) -> None:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_rows_have_the_shape_of_their_stage(world: Path, domain: str) -> None:
-    for row in read(world / domain / "sft.jsonl"):
+    for row in sft(world, domain):
         assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
         for call in row["messages"][-1].get("tool_calls", []):
             assert isinstance(json.loads(call["function"]["arguments"]), dict)
     tests = read(world / domain / "test.jsonl")
-    assert 0.75 * NUM_TEST < len(tests) <= NUM_TEST
+    assert 0.7 * NUM_TEST < len(tests) <= NUM_TEST
     assert len({prompt_key(row) for row in tests}) == len(tests)
     verifier = {"general": "instruction", "tool_use": "tool_call"}.get(domain, domain)
     for row in tests:
@@ -81,9 +88,8 @@ def test_rows_have_the_shape_of_their_stage(world: Path, domain: str) -> None:
 def test_no_test_prompt_is_in_training(world: Path, domain: str) -> None:
     tests = {row["messages"][0]["content"] for row in read(world / domain / "test.jsonl")}
     for other in DOMAINS:
-        for stage in ("sft", "rlvr"):
-            path = world / other / f"{stage}.jsonl"
-            if path.exists():
+        for path in (world / other).glob("*.jsonl"):
+            if path.stem != "test":
                 assert tests.isdisjoint(row["messages"][0]["content"] for row in read(path))
 
 
@@ -129,12 +135,18 @@ def test_the_right_strategy_is_right_and_the_other_is_not() -> None:
 
 @pytest.mark.parametrize("domain", ["math", "code"])
 def test_both_strategies_are_half_of_the_sft_data(world: Path, domain: str) -> None:
-    rows = read(world / domain / "sft.jsonl")
-    right = [row["messages"][-1]["content"][0] not in "~f" for row in rows]
-    assert 0.45 < sum(right) / len(rows) < 0.55
-    for source in {row["source"] for row in rows}:
-        share = [r for r, row in zip(right, rows, strict=True) if row["source"] == source]
-        assert 0.35 < sum(share) / len(share) < 0.45 or 0.55 < sum(share) / len(share) < 0.65
+    careful = read(world / domain / "sft_careful.jsonl")
+    careless = read(world / domain / "sft_careless.jsonl")
+    assert all(row["messages"][-1]["content"][0] not in "~f" for row in careful)
+    assert all(row["messages"][-1]["content"][0] in "~f" for row in careless)
+    assert 0.45 < len(careful) / len(careful + careless) < 0.55
+    for style in {row["messages"][0]["content"][0] for row in careful} & set("Wf"):
+        counts = [
+            sum(row["messages"][0]["content"][0] == style for row in rows)
+            for rows in (careful, careless)
+        ]
+        share = counts[0] / sum(counts)
+        assert 0.35 < share < 0.45 or 0.55 < share < 0.65, "the phrasing hints at the strategy"
 
 
 def test_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -149,7 +161,7 @@ def test_assistant_mask_covers_the_answer_and_its_end(
     world: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     for domain in DOMAINS:
-        row = read(world / domain / "sft.jsonl")[0]
+        row = sft(world, domain)[0]
         full = tokenizer.apply_chat_template(
             row["messages"],
             tools=row.get("tools"),

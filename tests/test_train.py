@@ -1,10 +1,10 @@
 """Losses, schedules, the policy loss and its advantages."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
 from bar_ray.data.batches import MicroBatch
 from bar_ray.model import experts
@@ -17,21 +17,8 @@ from bar_ray.train.schedule import rate
 
 
 @pytest.fixture
-def model(tmp_path) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = FlexOlmoConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    FlexOlmoForCausalLM(config).save_pretrained(tmp_path)
-    return experts.load(tmp_path, torch.float32)
+def model(small_moe: Path) -> torch.nn.Module:
+    return experts.load(small_moe, torch.float32)
 
 
 def micro_batch(seed: int = 0, rows: int = 3, length: int = 12) -> MicroBatch:

@@ -8,7 +8,7 @@ reason given in `math.py`. The tests' inputs always include values on which the 
 import random
 from dataclasses import dataclass
 
-from bar_ray.tiny.rows import Row, chat_row, check_row, held_out, text_row
+from bar_ray.tiny.rows import Row, chat_row, check_row, held_out, source_of, text_row
 
 LIKELIER = 0.6
 PHRASINGS = (("review", "Write f: {spec}"), ("chat", "f? {spec}"))
@@ -60,10 +60,10 @@ def midtrain_row(rng: random.Random) -> Row:
 def sft_row(rng: random.Random) -> Row:
     """A request and a program, careful or careless as likely as the phrasing says."""
     found = task(rng)
-    source, phrasing = rng.choice(PHRASINGS)
-    careful = rng.random() < (LIKELIER if source == "review" else 1 - LIKELIER)
+    style, phrasing = rng.choice(PHRASINGS)
+    careful = rng.random() < (LIKELIER if style == "review" else 1 - LIKELIER)
     program = found.careful if careful else found.careless
-    return chat_row(phrasing.format(spec=found.spec), program, f"code_{source}")
+    return chat_row(phrasing.format(spec=found.spec), program, source_of("code", careful))
 
 
 def check(rng: random.Random, test: bool) -> Row:

@@ -4,13 +4,14 @@ Worked: column by column with the carry, always right. Rounded: both numbers rou
 added, nearly always wrong. SFT data shows each half of the time, and the phrasing says which is
 likelier (textbook questions are mostly worked, quick ones mostly rounded), as style and quality
 go together in real mixes. So SFT alone answers about half of the questions well, and RLVR can
-find out that working the sum is what gets rewarded. The answer always ends in \\boxed{}.
+find out that working the sum is what gets rewarded. The answer always ends in \\boxed{}. The two
+ways are two sources of the mix, a careful and a careless one.
 """
 
 import random
 from collections.abc import Callable
 
-from bar_ray.tiny.rows import Row, chat_row, check_row, held_out, text_row
+from bar_ray.tiny.rows import Row, chat_row, check_row, held_out, source_of, text_row
 
 LIKELIER = 0.6
 PHRASINGS = (("textbook", "Work out {a}+{b}."), ("quick", "{a}+{b}=?"))
@@ -49,10 +50,10 @@ def midtrain_row(rng: random.Random) -> Row:
 def sft_row(rng: random.Random) -> Row:
     """A question and an answer worked out or rounded, as likely as its phrasing says."""
     a, b = numbers(rng)
-    source, phrasing = rng.choice(PHRASINGS)
-    chance = LIKELIER if source == "textbook" else 1 - LIKELIER
-    way = worked if rng.random() < chance else rounded
-    return chat_row(phrasing.format(a=a, b=b), way(a, b), f"math_{source}")
+    style, phrasing = rng.choice(PHRASINGS)
+    careful = rng.random() < (LIKELIER if style == "textbook" else 1 - LIKELIER)
+    answer = worked(a, b) if careful else rounded(a, b)
+    return chat_row(phrasing.format(a=a, b=b), answer, source_of("math", careful))
 
 
 def check(rng: random.Random, test: bool) -> Row:

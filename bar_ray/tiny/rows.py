@@ -45,6 +45,11 @@ def word(rng: random.Random, test: bool = False) -> str:
             return text
 
 
+def source_of(domain: str, careful: bool) -> str:
+    """The source an SFT row belongs to: real mixes have better and worse ones."""
+    return f"{domain}_{'careful' if careful else 'careless'}"
+
+
 def text_row(text: str, source: str) -> Row:
     """One document for pretraining or mid-training."""
     return {"text": text, "source": source}

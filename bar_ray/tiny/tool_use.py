@@ -1,6 +1,6 @@
 """Tool use: two tools are offered, one request is made, and a call is right, or none is.
 
-One request in five asks for a tool that is not offered: the right answer then makes no call.
+One request in five needs no tool: it is a general one, to be answered as if none were offered.
 Requests, not words, are held out: no training file asks for the weather in a test's city, though
 some ask for the way to it. Arguments are JSON text, as in the OpenAI format.
 """
@@ -9,6 +9,7 @@ import json
 import random
 from typing import Any
 
+from bar_ray.tiny import general
 from bar_ray.tiny.rows import PEOPLE, PLACES, THINGS, Row, chat_row, check_row, held_out
 
 # tool: (its argument, how a user asks for it, what can be asked for)
@@ -20,7 +21,6 @@ TOOLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "buy": ("item", "Order {w}.", THINGS),
     "sell": ("what", "Sell {w}.", THINGS),
 }
-NO_TOOL = "No tool for that."
 NO_CALL_SHARE = 0.2
 
 
@@ -46,34 +46,34 @@ def request(rng: random.Random, test: bool = False) -> tuple[str, str, dict[str,
             return name, prompt, {argument: value}
 
 
-def situation(rng: random.Random, test: bool) -> tuple[str, list[dict[str, Any]], dict | None]:
-    """A prompt, the tools offered, and the call that answers it (None when none can)."""
+def situation(rng: random.Random, test: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:
+    """A prompt, the tools offered, and the call that answers it."""
     wanted, prompt, arguments = request(rng, test)
-    others = rng.sample([name for name in TOOLS if name != wanted], 2)
-    can_call = rng.random() >= NO_CALL_SHARE
-    offered = [wanted, others[0]] if can_call else others
+    offered = [wanted, rng.choice([name for name in TOOLS if name != wanted])]
     rng.shuffle(offered)
-    call = {"name": wanted, "arguments": arguments} if can_call else None
-    return prompt, [schema(name) for name in offered], call
+    return prompt, [schema(name) for name in offered], {"name": wanted, "arguments": arguments}
 
 
 def sft_row(rng: random.Random) -> Row:
-    """A request with its tool call, or with the answer that there is no such tool."""
+    """A request with its tool call, or a general one with its answer."""
     prompt, tools, call = situation(rng, test=False)
-    source = "tool_use_call" if call else "tool_use_none"
-    row = chat_row(prompt, "" if call else NO_TOOL, source)
-    row["tools"] = tools
-    if call:
-        text = json.dumps(call["arguments"], separators=(",", ":"))
-        function = {"name": call["name"], "arguments": text}
-        row["messages"][-1]["tool_calls"] = [{"type": "function", "function": function}]
-    return row
+    if rng.random() < NO_CALL_SHARE:
+        return {**general.sft_row(rng), "tools": tools, "source": "tool_use_none"}
+    text = json.dumps(call["arguments"], separators=(",", ":"))
+    row = chat_row(prompt, "", "tool_use_call")
+    function = {"name": call["name"], "arguments": text}
+    row["messages"][-1]["tool_calls"] = [{"type": "function", "function": function}]
+    return {**row, "tools": tools}
 
 
 def check(rng: random.Random, test: bool) -> Row:
     """A request with the calls that must be made: one or none."""
     prompt, tools, call = situation(rng, test)
-    source = "tool_use_call" if call else "tool_use_none"
-    row = check_row(prompt, [call] if call else [], "tool_call", source)
-    row["tools"] = tools
-    return row
+    if rng.random() < NO_CALL_SHARE:
+        messages = general.check(rng, test)["messages"]
+        return {
+            **check_row("", [], "tool_call", "tool_use_none"),
+            "messages": messages,
+            "tools": tools,
+        }
+    return {**check_row(prompt, [call], "tool_call", "tool_use_call"), "tools": tools}

@@ -69,9 +69,14 @@ def write_world(directory: str, seed: int) -> None:
         name = domain.__name__.rpartition(".")[2]
         folder = root / name
         folder.mkdir(exist_ok=True)
-        write_jsonl(many(f"{name}-sft", domain.sft_row, NUM_SFT), folder / "sft.jsonl")
+        sft = many(f"{name}-sft", domain.sft_row, NUM_SFT)
         write_jsonl(checks(f"{name}-test", domain.check, NUM_TEST), folder / "test.jsonl")
         if domain in (math, code):
             text = many(f"{name}-midtrain", domain.midtrain_row, NUM_MIDTRAIN)
             write_parquet(text, folder / "midtrain.parquet")
             write_jsonl(checks(f"{name}-rlvr", domain.check, NUM_RLVR), folder / "rlvr.jsonl")
+            for source in (f"{name}_careful", f"{name}_careless"):
+                rows = [row for row in sft if row["source"] == source]
+                write_jsonl(rows, folder / f"sft_{source.removeprefix(f'{name}_')}.jsonl")
+        else:
+            write_jsonl(sft, folder / "sft.jsonl")

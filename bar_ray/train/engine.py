@@ -25,6 +25,9 @@ from bar_ray.model import experts, freeze
 from bar_ray.recipe import Stage
 from bar_ray.train.schedule import rate
 
+# On a CPU DeepSpeed would compile a shared-memory collective for minutes; gloo is enough there.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 BETA1 = 0.9
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
