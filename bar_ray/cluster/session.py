@@ -21,9 +21,9 @@ from bar_ray.types import UserError
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_maximum_startup_concurrency": "8",  # many light processes on few cores are meant
+    # Many light processes on few cores are meant, and each imports for seconds: keep idle ones.
+    "RAY_worker_maximum_startup_concurrency": "8",
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
