@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bar_ray import storage
@@ -99,7 +99,13 @@ class Run:
 def run_step(step: Step, run: Run) -> None:
     """Run one verb in a process of its own."""
     module, function = VERBS[step.verb][0].split(":")
-    getattr(importlib.import_module(module), function)(step, run)
+    try:
+        getattr(importlib.import_module(module), function)(step, run)
+    except Exception as error:
+        # Ray wraps what went wrong in a worker, and the chain of causes is lost on the way out.
+        if mistake := user_error_in(error):
+            raise mistake from error
+        raise
 
 
 class StepFailed(UserError):
@@ -207,13 +213,21 @@ class Executor:
             print(line, flush=True)
 
 
+def user_error_in(error: BaseException) -> UserError | None:
+    """The user's error inside what Ray wrapped around it."""
+    link: BaseException | None = error
+    while link is not None:
+        # Ray's wrapper of a UserError is one too, with a traceback for a message.
+        if isinstance(link, UserError) and not isinstance(link, RayTaskError):
+            return link
+        link = getattr(link, "cause", None) or link.__cause__
+    return None
+
+
 def reason_of(error: BaseException) -> str:
     """The message for a person: the user's error inside, or the last line of what went wrong."""
-    chain = [error]
-    while inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__:
-        chain.append(inner)
-    for link in reversed(chain):
-        if isinstance(link, UserError):
-            return str(link)
-    lines = str(chain[-1]).strip().splitlines() or [""]
-    return f"{type(chain[-1]).__name__}: {lines[-1]}"
+    if mistake := user_error_in(error):
+        return str(mistake)
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[-1]}"

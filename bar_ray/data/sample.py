@@ -26,6 +26,7 @@ def content_hash(line: str, seed: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
+@tokenise.or_mistake
 def hashed(batch: dict[str, Any], seed: int) -> dict[str, Any]:
     """Lines -> the stratum and content hash of each."""
     files = zip(batch["line"], batch["file"], strict=True)
@@ -34,6 +35,7 @@ def hashed(batch: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"stratum": [str(row.get("source", "")) for row in rows], "hash": hashes}
 
 
+@tokenise.or_mistake
 def kept(batch: dict[str, Any], seed: int, limits: dict[str, int]) -> dict[str, Any]:
     """The lines whose hash is at most their stratum's limit."""
     found = hashed(batch, seed)
@@ -56,14 +58,14 @@ def stratified(uri: str, fraction: float, seed: int, num_cpus: float) -> list[st
     options = {"num_cpus": num_cpus, "batch_size": 4096}
     strata: dict[str, list[int]] = defaultdict(list)
     first = tokenise.lines(uri).map_batches(hashed, fn_args=(seed,), **options)
-    for batch in first.iter_batches(batch_size=65536):
+    for batch in tokenise.blocks(first):
         for stratum, value in zip(batch["stratum"], batch["hash"], strict=True):
             strata[stratum].append(int(value))
     limits = thresholds(strata, fraction)
     largest = {stratum: value for stratum, (value, _) in limits.items()}
     by_stratum: dict[str, list[tuple[int, str]]] = defaultdict(list)
     second = tokenise.lines(uri).map_batches(kept, fn_args=(seed, largest), **options)
-    for batch in second.iter_batches(batch_size=65536):
+    for batch in tokenise.blocks(second):
         rows = zip(batch["stratum"], batch["hash"], batch["line"], strict=True)
         for stratum, value, line in rows:
             by_stratum[stratum].append((int(value), str(line)))

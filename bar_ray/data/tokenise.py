@@ -4,7 +4,7 @@ Every stage that trains on the same data at the same length reads the same rows.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -22,6 +22,28 @@ def _tokenizer(folder: str) -> Any:
     return chat.load_tokenizer(folder)  # once in a worker process
 
 
+def or_mistake(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A Ray Data function whose user errors come back as a column: Ray Data keeps no causes."""
+
+    @functools.wraps(function)
+    def call(batch: dict[str, Any], *args: Any) -> dict[str, Any]:
+        try:
+            return function(batch, *args)
+        except UserError as error:
+            return {"mistake": [str(error)]}
+
+    return call
+
+
+def blocks(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """The blocks of a dataset made by `or_mistake` functions; raises the first mistake."""
+    for block in dataset.iter_batches(batch_size=None):
+        if "mistake" in block:
+            raise UserError(str(block["mistake"][0]))
+        yield block
+
+
+@or_mistake
 def encode(batch: dict[str, Any], tokenizer_folder: str, kind: str) -> dict[str, list]:
     """A batch of rows or lines -> token ids and loss masks."""
     tokenizer = _tokenizer(tokenizer_folder)
@@ -99,6 +121,6 @@ def run(step: Any, run: Any) -> None:
 
 
 def _docs(encoded: ray.data.Dataset) -> Iterator[tuple[list[int], list[int]]]:
-    for batch in encoded.iter_batches(batch_size=BATCH_ROWS):
+    for batch in blocks(encoded):
         for ids, mask in zip(batch["ids"], batch["mask"], strict=True):
             yield list(ids), list(mask)
