@@ -32,6 +32,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         merged = OmegaConf.merge(OmegaConf.create(raw), _dotlist(overrides))
         _refuse_new_experts(merged, known_experts, path)
+        _drop_experts(merged)
         _apply_stage_defaults(merged)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
     except OmegaConfBaseException as error:
@@ -79,12 +80,18 @@ def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
             raise UserError(f"experts.{name}: {path} has no expert '{name}'; {hint}")
 
 
+def _drop_experts(merged: Any) -> None:
+    """`experts.code=null` leaves an expert out."""
+    for name in [name for name, expert in merged.experts.items() if expert is None]:
+        del merged.experts[name]
+
+
 def _apply_stage_defaults(merged: Any) -> None:
     """`stages.sft` is where every expert's `sft` starts from."""
     defaults = merged.get("stages") or {}
-    for expert in (merged.get("experts") or {}).values():
+    for expert in merged.experts.values():
         for stage in STAGES:
-            if expert and expert.get(stage) is not None and defaults.get(stage) is not None:
+            if expert.get(stage) is not None and defaults.get(stage) is not None:
                 expert[stage] = OmegaConf.merge(defaults[stage], expert[stage])
 
 

@@ -44,6 +44,10 @@ def test_an_override_can_add_a_stage(recipe_file: str) -> None:
     assert recipe.experts["safety"].rlvr.data == {"tasks": 1.0}
 
 
+def test_an_override_can_leave_an_expert_out(recipe_file: str) -> None:
+    assert list(config.load(recipe_file, ["experts.safety=null"]).experts) == ["math"]
+
+
 def test_dumped_recipe_loads_to_the_same(recipe_file: str, tmp_path: Path) -> None:
     recipe = config.load(recipe_file, ["seed=3"])
     (tmp_path / "again.yaml").write_text(config.dump(recipe))
