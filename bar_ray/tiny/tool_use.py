@@ -1,6 +1,6 @@
 """Tool use: two tools are offered, one request is made, and a call is right, or none is.
 
-One request in ten needs no tool: it is a general one, to be answered as if none were offered.
+One request in five needs no tool: it is a general one, to be answered as if none were offered.
 Requests, not words, are held out: no training file asks for the weather in a test's city, though
 some ask for the way to it. Arguments are JSON text, as in the OpenAI format.
 """
@@ -21,7 +21,7 @@ TOOLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "buy": ("item", "Order {w}.", THINGS),
     "sell": ("what", "Sell {w}.", THINGS),
 }
-NO_CALL_SHARE = 0.1
+NO_CALL_SHARE = 0.2
 
 
 def schema(name: str) -> dict[str, Any]:
