@@ -135,7 +135,9 @@ def write(
         total = sum(spec.num_bytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    # Where a model was loaded from is no part of it: equal models must have equal bytes.
+    kept = {name: value for name, value in config.items() if name != "_name_or_path"}
+    (folder / "config.json").write_text(json.dumps(kept, indent=2, sort_keys=True))
     if side_files is not None:
         copy_side_files(side_files, folder)
 
