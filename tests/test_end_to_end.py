@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -199,28 +198,3 @@ def test_killed_driver_continues_to_bitwise_the_same_model(tmp_path: Path) -> No
     theirs = {place.removeprefix(straight): sha for place, sha in manifests(straight).items()}
     assert ours == theirs
     assert not list(Path(killed, "checkpoints").glob("*/*/*/step-*")), "checkpoints are cleared"
-
-    # The same base, with RLVR: every prompt of the plan is consumed exactly once.
-    rlvr = (*ONLY_MATH, *FREQUENT)
-    kill_after_a_checkpoint("rlvr", "merge", killed, *rlvr)
-    output = run("merge", killed, *rlvr)
-    assert "continues at step" in output
-    assert consumed(killed, *rlvr) == planned_prompts(killed, *rlvr)
-
-
-def consumed(store: str, *overrides: str) -> list[str]:
-    folder = storage.fetch(built(store, *overrides).experts["math"].artifact.uri)
-    by_step = json.loads(Path(folder, "consumed.json").read_text())
-    assert len(by_step) == 4
-    return sorted(prompt for step in by_step for prompt in step)
-
-
-def planned_prompts(store: str, *overrides: str) -> list[str]:
-    """The prompts that a run of 4 steps of 4 prompts is to consume, from data and seed alone."""
-    from bar_ray.data.mixture import Mixture
-
-    graph = built(store, *overrides)
-    world = storage.fetch(graph.experts["math"].inputs["tiny"].artifact.uri)
-    rows = [json.loads(line) for line in Path(world, "math/rlvr.jsonl").read_text().splitlines()]
-    mixture: Any = Mixture([len(rows)], [1.0], 16, seed=0)
-    return sorted(rows[place]["id"] for place in mixture.row)

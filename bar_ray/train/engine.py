@@ -37,6 +37,7 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, stage: Stage, num_steps: int) -> None:
         self.stage, self.num_steps, self.step = stage, num_steps, 0
+        self.updates = 0  # steps that were not skipped: what Adam counts
         groups = freeze.apply(model, stage.learn)
         if stage.run.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -99,6 +100,7 @@ class Engine:
         norm = self._grad_norm() if self._plain else None
         self.deepspeed.step()
         self.step += 1
+        self.updates += 1
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         return {"lr": self.stage.lr * now, "grad_norm": float(norm)}
 
@@ -127,14 +129,16 @@ class Engine:
         if torch.distributed.get_rank() == 0:
             save_file(weights, Path(folder) / "weights.safetensors")
             save_file(moments, Path(folder) / "optimizer.safetensors")
-            (Path(folder) / "state.json").write_text(json.dumps({**state, "step": self.step}))
+            (Path(folder) / "state.json").write_text(
+                json.dumps({**state, "step": self.step, "updates": self.updates})
+            )
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Restore what `save` wrote, at any number of workers; returns its state."""
         state = json.loads((Path(folder) / "state.json").read_text())
         weights = load_file(Path(folder) / "weights.safetensors")
         moments = load_file(Path(folder) / "optimizer.safetensors")
-        self.step = state["step"]
+        self.step, self.updates = state["step"], state.pop("updates")
         self._link_moments()
         for name, parameter in freeze.trainable(self.model).items():
             self._set_param(parameter, weights[name])
@@ -155,7 +159,8 @@ class Engine:
 
     def _moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
         if self._plain:
-            return self.optimizer.state[parameter][moment].cpu().clone()
+            moments = self.optimizer.state[parameter]  # empty before the first update
+            return moments.get(moment, torch.zeros_like(parameter)).detach().cpu().clone()
         return safe_get_full_optimizer_state(parameter, moment).cpu().clone()
 
     def _set_param(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
@@ -191,7 +196,7 @@ class Engine:
             base = self.optimizer.optimizer
             states = [base.state[p] for p in self.optimizer.single_partition_of_fp32_groups]
         for state in states:
-            state["step"] = torch.tensor(float(self.step))
+            state["step"] = torch.tensor(float(self.updates))
 
     def export(self, folder: str | Path, side_files: str | Path) -> None:
         """Write the model as a Hugging Face folder (rank 0)."""
