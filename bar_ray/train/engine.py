@@ -184,6 +184,7 @@ class Engine:
             return
         base = self.optimizer.optimizer
         for partition in self.optimizer.single_partition_of_fp32_groups:
+            base.state[partition].setdefault("step", torch.tensor(0.0))
             for moment in MOMENTS:
                 base.state[partition].setdefault(moment, torch.zeros_like(partition))
         self.optimizer._hp_optimizer_states_linked = False
