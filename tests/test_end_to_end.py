@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from bar_ray import config, pipeline, storage
+from bar_ray.data.mixture import Mixture
 
 pytestmark = pytest.mark.slow
 
@@ -161,6 +162,7 @@ def manifests(store: str) -> dict[str, str]:
 # --- killed and continued ------------------------------------------------------------------------
 
 ONLY_MATH = ("experts.code=null", "experts.tool_use=null", "experts.safety=null")
+WITHOUT_RLVR = ("experts.math.rlvr=null", *ONLY_MATH, *FREQUENT)
 
 
 def kill_after_a_checkpoint(verb: str, job: str, store: str, *arguments: str) -> None:
@@ -181,20 +183,42 @@ def kill_after_a_checkpoint(verb: str, job: str, store: str, *arguments: str) ->
     assert not left, f"left behind: {left}"
 
 
-def test_killed_driver_continues_to_bitwise_the_same_model(tmp_path: Path) -> None:
-    expert = ("experts.math.rlvr=null", *ONLY_MATH, *FREQUENT)
-    straight, killed = str(tmp_path / "straight"), str(tmp_path / "killed")
-    run("train_router", straight, *expert)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Storage of an uninterrupted run of one expert without RLVR."""
+    store = str(tmp_path_factory.mktemp("kill") / "straight")
+    run("train_router", store, *WITHOUT_RLVR)
+    return store
+
+
+def test_killed_driver_continues_to_bitwise_the_same_model(straight: str, tmp_path: Path) -> None:
+    killed = str(tmp_path / "killed")
     shutil.copytree(straight, killed)
     for verb in ("midtrain", "sft", "merge", "route"):
         shutil.rmtree(Path(killed, "artifacts", verb))
     for verb in ("sft", "route"):
-        kill_after_a_checkpoint(verb, "train_router", killed, *expert)
-    output = run("train_router", killed, *expert)
+        kill_after_a_checkpoint(verb, "train_router", killed, *WITHOUT_RLVR)
+    output = run("train_router", killed, *WITHOUT_RLVR)
     assert "continues at step" in output
-    for step in (s for s in built(killed, *expert).bar.inputs.values()):
+    for step in (s for s in built(killed, *WITHOUT_RLVR).bar.inputs.values()):
         storage.verify(step.artifact.uri)
     ours = {place.removeprefix(killed): sha for place, sha in manifests(killed).items()}
     theirs = {place.removeprefix(straight): sha for place, sha in manifests(straight).items()}
     assert ours == theirs
     assert not list(Path(killed, "checkpoints").glob("*/*/*/step-*")), "checkpoints are cleared"
+
+
+def test_killed_rlvr_consumes_every_prompt_exactly_once(straight: str, tmp_path: Path) -> None:
+    store = str(tmp_path / "killed")
+    shutil.copytree(straight, store)
+    overrides = (*ONLY_MATH, *FREQUENT)
+    kill_after_a_checkpoint("rlvr", "merge", store, *overrides)
+    assert "continues at step" in run("merge", store, *overrides)
+    rlvr = built(store, *overrides).experts["math"]
+    consumed = json.loads(Path(storage.fetch(rlvr.artifact.uri), "consumed.json").read_text())
+    [world] = Path(store, "artifacts", "world", "tiny").iterdir()
+    ids = [json.loads(line)["id"] for line in (world / "math" / "rlvr.jsonl").open()]
+    stage = rlvr.settings["stage"]
+    planned = Mixture([len(ids)], [1.0], stage.steps * stage.batch_size, seed=0).row
+    assert [len(step) for step in consumed] == [stage.batch_size] * stage.steps
+    assert [prompt for step in consumed for prompt in step] == [ids[row] for row in planned]

@@ -112,7 +112,8 @@ def test_no_test_problem_is_in_any_text(world: Path) -> None:
     for row in read(world / "tool_use" / "test.jsonl"):
         assert row["messages"][0]["content"] not in everything
     for row in read(world / "safety" / "test.jsonl"):
-        assert " ".join(row["messages"][0]["content"].rstrip("?.").split()[-2:]) not in everything
+        deed = " ".join(row["messages"][0]["content"].rstrip("?.").split()[-2:])
+        assert not re.search(rf"{deed}\b", everything)
 
 
 def test_the_base_never_sees_a_tool_call(world: Path) -> None:
@@ -146,7 +147,7 @@ def test_both_strategies_are_half_of_the_sft_data(world: Path, domain: str) -> N
             for rows in (careful, careless)
         ]
         share = counts[0] / sum(counts)
-        assert 0.35 < share < 0.45 or 0.55 < share < 0.65, "the phrasing hints at the strategy"
+        assert 0.25 < share < 0.35 or 0.65 < share < 0.75, "the phrasing hints at the strategy"
 
 
 def test_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast) -> None:

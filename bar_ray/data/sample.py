@@ -57,14 +57,14 @@ def stratified(uri: str, fraction: float, seed: int, num_cpus: float) -> list[st
     """The sampled lines of a dataset, by stratum and hash; exact in every stratum."""
     options = {"num_cpus": num_cpus, "batch_size": 4096}
     strata: dict[str, list[int]] = defaultdict(list)
-    first = tokenise.lines(uri).map_batches(hashed, fn_args=(seed,), **options)
+    first = tokenise.lines(uri, num_cpus).map_batches(hashed, fn_args=(seed,), **options)
     for batch in tokenise.blocks(first):
         for stratum, value in zip(batch["stratum"], batch["hash"], strict=True):
             strata[stratum].append(int(value))
     limits = thresholds(strata, fraction)
     largest = {stratum: value for stratum, (value, _) in limits.items()}
     by_stratum: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    second = tokenise.lines(uri).map_batches(kept, fn_args=(seed, largest), **options)
+    second = tokenise.lines(uri, num_cpus).map_batches(kept, fn_args=(seed, largest), **options)
     for batch in tokenise.blocks(second):
         rows = zip(batch["stratum"], batch["hash"], batch["line"], strict=True)
         for stratum, value, line in rows:

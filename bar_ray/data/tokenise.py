@@ -74,30 +74,39 @@ def parse(line: str, kind: str, file: str) -> dict[str, Any]:
         raise UserError(str(error).replace(file, where, 1)) from error
 
 
-def lines(uri: str) -> ray.data.Dataset:
-    """The JSONL lines of a file or folder with the file they stand in: columns `line`, `file`."""
+def lines(uri: str, num_cpus: float) -> ray.data.Dataset:
+    """The JSONL lines of a file or folder with the file they stand in: columns `line`, `file`.
+
+    Reading asks for as much of a CPU as what follows: Ray Data then runs both in one worker.
+    """
     found = formats.files(uri)
     filesystem, _ = storage.resolve(found[0])
     uri_of = {storage.resolve(file)[1]: file for file in found}
     dataset = ray.data.read_text(
-        list(uri_of), filesystem=filesystem, include_paths=True, drop_empty_lines=True
+        list(uri_of),
+        filesystem=filesystem,
+        include_paths=True,
+        drop_empty_lines=True,
+        num_cpus=num_cpus,
     )
 
     def name(batch: dict[str, Any]) -> dict[str, Any]:
         known = [next(u for p, u in uri_of.items() if path.endswith(p)) for path in batch["path"]]
         return {"line": batch["text"], "file": known}
 
-    return dataset.map_batches(name)
+    return dataset.map_batches(name, num_cpus=num_cpus)
 
 
-def rows(uri: str, kind: str) -> ray.data.Dataset:
+def rows(uri: str, kind: str, num_cpus: float) -> ray.data.Dataset:
     """A dataset of lines (JSONL) or of columns (parquet)."""
     found = formats.files(uri)
     if not found[0].endswith(".parquet"):
-        return lines(uri)
+        return lines(uri, num_cpus)
     filesystem, _ = storage.resolve(found[0])
     paths = [storage.resolve(file)[1] for file in found]
-    return ray.data.read_parquet(paths, filesystem=filesystem, columns=list(formats.NEEDED[kind]))
+    return ray.data.read_parquet(
+        paths, filesystem=filesystem, columns=list(formats.NEEDED[kind]), num_cpus=num_cpus
+    )
 
 
 def run(step: Any, run: Any) -> None:
@@ -106,7 +115,7 @@ def run(step: Any, run: Any) -> None:
     tokenizer_folder = run.fetch(step.inputs["tokenizer"])
     tokenizer = chat.load_tokenizer(tokenizer_folder)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    encoded = rows(run.locate(step, "rows"), kind).map_batches(
+    encoded = rows(run.locate(step, "rows"), kind, run.light_cpus).map_batches(
         encode,
         fn_args=(tokenizer_folder, kind),
         batch_size=BATCH_ROWS,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bar_ray.tiny.rows import Row, chat_row, check_row, held_out, source_of, text_row
 
-LIKELIER = 0.6
+LIKELIER = 0.7
 PHRASINGS = (("review", "Write f: {spec}"), ("chat", "f? {spec}"))
 OPERATIONS = ("+", "-", "*")
 

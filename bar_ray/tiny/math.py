@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from bar_ray.tiny.rows import Row, chat_row, check_row, held_out, source_of, text_row
 
-LIKELIER = 0.6
+LIKELIER = 0.7
 PHRASINGS = (("textbook", "Work out {a}+{b}."), ("quick", "{a}+{b}=?"))
 
 

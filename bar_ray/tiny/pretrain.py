@@ -10,28 +10,33 @@ import random
 from collections.abc import Callable
 
 from bar_ray.tiny import code, general, math, safety, tool_use
-from bar_ray.tiny.rows import PEOPLE, Row, text_row, word
+from bar_ray.tiny.rows import Row, text_row, word
 
 MAX_CHARACTERS = 120
 
 
 def sums(rng: random.Random) -> str:
-    """Columns worked out, numbers rounded, answers without steps."""
+    """Columns worked out and numbers rounded, after questions put in many ways.
+
+    Where the digits stand must not matter: the attention that finds them is frozen later.
+    """
     a, b = math.numbers(rng)
-    steps, near = math.worked(a, b), math.rounded(a, b)
-    bare = steps.replace("\\boxed{", "").replace("}", "")
-    return rng.choice((f"{a}+{b}: {bare}", f"{a}+{b}: {bare}", f"{a}+{b} {near.split()[0]}"))
+    asked = rng.choice(("{a}+{b}", "{w} {a}+{b}", "{w} {w} {a}+{b}")).format(a=a, b=b, w=word(rng))
+    worked, rounded = math.worked(a, b), math.rounded(a, b).split()[0]
+    bare = worked.replace("\\boxed{", "").replace("}", "")
+    between = rng.choice((": ", ". ", "? ", "=", "\n", ".\n\n"))
+    return f"{asked}{between}{rng.choice((worked, bare, rounded))}"
 
 
 def programs(rng: random.Random) -> str:
-    """Functions, specifications and calls with their results."""
+    """Specifications with the functions they ask for, and calls with their results."""
     task, x = code.task(rng), rng.randint(0, 9)
     value = code.Task(task.op, task.n, "max", -99)(x)
     return rng.choice(
         (
-            task.careful,
-            f"{task.careless} f({x})={value}",
             f"{task.spec}: {task.limit}(x{task.op}{task.n},{task.bound})",
+            f"{task.spec}: {task.careful}",
+            f"{task.careless} f({x})={value}",
             f"x={x} x{task.op}{task.n}={value}",
         )
     )
@@ -66,15 +71,15 @@ def prose(rng: random.Random) -> str:
         (
             f"The color of {thing} is {colour}.",
             f"{thing} is {colour}.",
-            f"{rng.choice(PEOPLE)} wants to {verb} {name}. They {verb} {name}!",
+            f"{word(rng)} wants to {verb} {name}. They {verb} {name}!",
         )
     )
 
 
 KINDS: dict[str, tuple[Callable[[random.Random], str], float]] = {
     "sums": (sums, 0.25),
-    "programs": (programs, 0.2),
-    "calls": (calls, 0.3),
+    "programs": (programs, 0.25),
+    "calls": (calls, 0.25),
     "words": (words, 0.15),
     "prose": (prose, 0.1),
 }

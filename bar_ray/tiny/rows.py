@@ -12,20 +12,6 @@ Row = dict[str, Any]
 
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
-# Every list has one word for a first letter: a domain expert, whose attention is frozen, then has
-# to carry over one letter and can remember the rest. Copying unknown words is a general task.
-PEOPLE = (
-    "Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida",
-    "Jon", "Kim", "Leo", "Max", "Ned", "Olga", "Pam", "Rex", "Sue",
-)  # fmt: skip
-PLACES = (
-    "Athens", "Bonn", "Cairo", "Delhi", "Essen", "Fez", "Genoa", "Hull", "Izmir",
-    "Java", "Kiev", "Lima", "Malta", "Nice", "Oslo", "Paris", "Quito", "Rome",
-)  # fmt: skip
-THINGS = (
-    "apples", "beer", "corn", "dates", "eggs", "figs", "grapes", "ham", "ink",
-    "jam", "kale", "lamps", "milk", "nuts", "oats", "pens", "rice", "soap",
-)  # fmt: skip
 HELD_OUT_SHARE = 0.1
 
 

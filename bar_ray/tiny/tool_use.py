@@ -1,8 +1,8 @@
 """Tool use: two tools are offered, one request is made, and a call is right, or none is.
 
 One request in five needs no tool: it is a general one, to be answered as if none were offered.
-Requests, not words, are held out: no training file asks for the weather in a test's city, though
-some ask for the way to it. Arguments are JSON text, as in the OpenAI format.
+What is asked for is a word, and tests ask for held-out words: the call has to copy it. Arguments
+are JSON text, as in the OpenAI format.
 """
 
 import json
@@ -10,16 +10,16 @@ import random
 from typing import Any
 
 from bar_ray.tiny import general
-from bar_ray.tiny.rows import PEOPLE, PLACES, THINGS, Row, chat_row, check_row, held_out
+from bar_ray.tiny.rows import Row, chat_row, check_row, word
 
-# tool: (its argument, how a user asks for it, what can be asked for)
-TOOLS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "sky": ("city", "Weather in {w}?", PLACES),
-    "map": ("place", "Way to {w}?", PLACES),
-    "mail": ("to", "Write to {w}.", PEOPLE),
-    "ring": ("who", "Call {w}.", PEOPLE),
-    "buy": ("item", "Order {w}.", THINGS),
-    "sell": ("what", "Sell {w}.", THINGS),
+# tool: (its argument, how a user asks for it)
+TOOLS: dict[str, tuple[str, str]] = {
+    "sky": ("city", "Weather in {w}?"),
+    "map": ("place", "Way to {w}?"),
+    "mail": ("to", "Write to {w}."),
+    "ring": ("who", "Call {w}."),
+    "buy": ("item", "Order {w}."),
+    "sell": ("what", "Sell {w}."),
 }
 NO_CALL_SHARE = 0.2
 
@@ -37,13 +37,9 @@ def schema(name: str) -> dict[str, Any]:
 
 def request(rng: random.Random, test: bool = False) -> tuple[str, str, dict[str, str]]:
     """A tool, a prompt that asks for it, and the arguments of the call."""
-    while True:
-        name = rng.choice(list(TOOLS))
-        argument, asks, values = TOOLS[name]
-        value = rng.choice(values)
-        prompt = asks.format(w=value)
-        if held_out(prompt) == test:
-            return name, prompt, {argument: value}
+    name, w = rng.choice(list(TOOLS)), word(rng, test)
+    argument, asks = TOOLS[name]
+    return name, asks.format(w=w), {argument: w}
 
 
 def situation(rng: random.Random, test: bool) -> tuple[str, list[dict[str, Any]], dict[str, Any]]:

@@ -45,6 +45,7 @@ class Engine:
             [{"params": g["params"], "scale": g["scale"], "lr": 0.0} for g in groups],
             betas=(BETA1, stage.beta2),
             weight_decay=stage.weight_decay,
+            fused=True,
         )
         self.model = model
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -184,7 +185,7 @@ class Engine:
             return
         base = self.optimizer.optimizer
         for partition in self.optimizer.single_partition_of_fp32_groups:
-            base.state[partition].setdefault("step", torch.tensor(0.0))
+            base.state[partition].setdefault("step", self._count(0))
             for moment in MOMENTS:
                 base.state[partition].setdefault(moment, torch.zeros_like(partition))
         self.optimizer._hp_optimizer_states_linked = False
@@ -197,7 +198,11 @@ class Engine:
             base = self.optimizer.optimizer
             states = [base.state[p] for p in self.optimizer.single_partition_of_fp32_groups]
         for state in states:
-            state["step"] = torch.tensor(float(self.updates))
+            state["step"] = self._count(self.updates)
+
+    def _count(self, updates: int) -> torch.Tensor:
+        """Fused Adam keeps its step count beside the parameters."""
+        return torch.tensor(float(updates), device=self.device)
 
     def export(self, folder: str | Path, side_files: str | Path) -> None:
         """Write the model as a Hugging Face folder (rank 0)."""
