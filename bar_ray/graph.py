@@ -19,18 +19,18 @@ from bar_ray.types import Artifact
 
 # verb -> (function, version); raise the version when equal inputs give another output than before
 VERBS: dict[str, tuple[str, int]] = {
-    "world": ("bar_ray.tiny.verbs:world", 1),
-    "init": ("bar_ray.tiny.verbs:init", 1),
+    "world": ("bar_ray.tiny.verbs:world", 2),
+    "init": ("bar_ray.tiny.verbs:init", 2),
     "tokenise": ("bar_ray.data.tokenise:run", 1),
     "sample": ("bar_ray.data.sample:run", 1),
-    "train": ("bar_ray.stages.lm:run", 1),
-    "midtrain": ("bar_ray.stages.lm:run", 1),
-    "sft": ("bar_ray.stages.lm:run", 1),
-    "rlvr": ("bar_ray.stages.rlvr:run", 1),
+    "train": ("bar_ray.stages.lm:run", 2),
+    "midtrain": ("bar_ray.stages.lm:run", 2),
+    "sft": ("bar_ray.stages.lm:run", 2),
+    "rlvr": ("bar_ray.stages.rlvr:run", 2),
     "import": ("bar_ray.model.adopt:run", 1),
     "branch": ("bar_ray.model.branch:run", 1),
     "merge": ("bar_ray.merge:run", 1),
-    "route": ("bar_ray.route:run", 1),
+    "route": ("bar_ray.route:run", 2),
     "evaluate": ("bar_ray.evaluate.run:run", 1),
 }
 

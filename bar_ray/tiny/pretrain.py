@@ -15,17 +15,22 @@ from bar_ray.tiny.rows import Row, text_row, word
 MAX_CHARACTERS = 120
 
 
-def sums(rng: random.Random) -> str:
-    """Columns worked out and numbers rounded, after questions put in many ways.
+def answered(rng: random.Random, question: str, answer: str) -> str:
+    """A question with its answer, put in one of many ways.
 
     Where the digits stand must not matter: the attention that finds them is frozen later.
     """
+    before = "".join(f"{word(rng)} " for _ in range(rng.randrange(3)))
+    between = rng.choice((": ", ". ", "? ", "=", "\n", ".\n\n"))
+    return f"{before}{question}{between}{answer}"
+
+
+def sums(rng: random.Random) -> str:
+    """Columns worked out and numbers rounded."""
     a, b = math.numbers(rng)
-    asked = rng.choice(("{a}+{b}", "{w} {a}+{b}", "{w} {w} {a}+{b}")).format(a=a, b=b, w=word(rng))
     worked, rounded = math.worked(a, b), math.rounded(a, b).split()[0]
     bare = worked.replace("\\boxed{", "").replace("}", "")
-    between = rng.choice((": ", ". ", "? ", "=", "\n", ".\n\n"))
-    return f"{asked}{between}{rng.choice((worked, bare, rounded))}"
+    return answered(rng, f"{a}+{b}", rng.choice((worked, bare, rounded)))
 
 
 def programs(rng: random.Random) -> str:
@@ -34,8 +39,8 @@ def programs(rng: random.Random) -> str:
     value = code.Task(task.op, task.n, "max", -99)(x)
     return rng.choice(
         (
-            f"{task.spec}: {task.limit}(x{task.op}{task.n},{task.bound})",
-            f"{task.spec}: {task.careful}",
+            answered(rng, task.spec, f"{task.limit}(x{task.op}{task.n},{task.bound})"),
+            answered(rng, task.spec, task.careful),
             f"{task.careless} f({x})={value}",
             f"x={x} x{task.op}{task.n}={value}",
         )
