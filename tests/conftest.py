@@ -1,7 +1,10 @@
 """What several test files share: a throwaway Ray token, an S3 server, a small random model."""
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,8 @@ import pytest
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "throwaway-token-of-the-tests"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["BAR_RAY_CACHE"] = tempfile.mkdtemp(prefix="bar_ray-cache-")
+atexit.register(shutil.rmtree, os.environ["BAR_RAY_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

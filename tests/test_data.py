@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bar_ray.data import formats, pack, sample
@@ -24,7 +26,7 @@ def write_lines(path: Path, rows: list) -> str:
     [
         ({"text": "x"}, "line 2 has no `messages`"),
         ("{not json", "line 2 is not valid JSON"),
-        ({"messages": [{"content": "x"}]}, "line 2: every message needs a `role`"),
+        ({"messages": [{"content": "x"}]}, "line 2 has a message without `role`"),
         ([1], "line 2 must be an object"),
     ],
 )
@@ -34,6 +36,36 @@ def test_a_bad_line_is_named(tmp_path: Path, row: object, message: str) -> None:
     with pytest.raises(UserError) as caught:
         list(formats.read_rows(path, "messages"))
     assert message in str(caught.value) and path in str(caught.value)
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    texts = ["next line \x85 and \u2028 and \u2029", "form feed \x0c", "\U0001f600" * 9]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
+    assert [row["text"] for row in formats.read_rows(str(path), "text")] == texts
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_parts_hold_every_line_once_wherever_they_are_cut(tmp_path: Path, end: str) -> None:
+    lines = [json.dumps({"text": "é" * n}, ensure_ascii=False) for n in (0, 7, 1, 30, 2, 2)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines[:3]) + "\n\n" + "\n".join(lines[3:]) + end)
+    for size in range(1, 60):
+        parts = formats.parts(str(path), part_bytes=size)
+        found = [row for part in parts for row in formats.read_part(part)]
+        assert [line for _, line in found] == lines
+        assert formats.where(str(path), found[3][0]) == f"{path} line 5"
+
+
+def test_parquet_rows_are_those_of_jsonl(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+    message = {"role": "assistant", "content": "x", "tool_calls": [call]}
+    rows = [{"messages": [message], "tools": [{"name": f"t{n}"}], "n": n} for n in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    assert list(formats.read_rows(str(tmp_path / "a.parquet"), "messages")) == rows
+    assert len(formats.parts(str(tmp_path / "a.parquet"))) == 3
+    with pytest.raises(UserError, match=r"a.parquet row 1 has no `text`"):
+        list(formats.read_rows(str(tmp_path / "a.parquet"), "text"))
 
 
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:

@@ -29,8 +29,7 @@ def content_hash(line: str, seed: int) -> int:
 @tokenise.or_mistake
 def hashed(batch: dict[str, Any], seed: int) -> dict[str, Any]:
     """Lines -> the stratum and content hash of each."""
-    files = zip(batch["line"], batch["file"], strict=True)
-    rows = [tokenise.parse(line, "messages", file) for line, file in files]
+    rows = tokenise.parse(batch, "messages")
     hashes = np.array([content_hash(line, seed) for line in batch["line"]], dtype=np.int64)
     return {"stratum": [str(row.get("source", "")) for row in rows], "hash": hashes}
 

@@ -4,7 +4,9 @@ Every stage that trains on the same data at the same length reads the same rows.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -18,8 +20,8 @@ BATCH_ROWS = 512
 
 
 @functools.cache
-def _tokenizer(folder: str) -> Any:
-    return chat.load_tokenizer(folder)  # once in a worker process
+def _tokenizer(uri: str) -> Any:
+    return chat.load_tokenizer(storage.fetch(uri))  # once in a worker process, on its own node
 
 
 def or_mistake(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -38,86 +40,67 @@ def or_mistake(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
 def blocks(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     """The blocks of a dataset made by `or_mistake` functions; raises the first mistake."""
     for block in dataset.iter_batches(batch_size=None):
-        if "mistake" in block:
-            raise UserError(str(block["mistake"][0]))
+        # Ray Data joins batches with and without the column, and fills the gaps.
+        for mistake in block.get("mistake", ()):
+            if isinstance(mistake, str):
+                raise UserError(mistake)
         yield block
 
 
+def lines(uri: str, num_cpus: float) -> ray.data.Dataset:
+    """The rows of a dataset as JSON, with where they stand: columns `line`, `file`, `place`.
+
+    Reading asks for as much of a CPU as what follows: Ray Data then runs both in one worker.
+    """
+    parts = [asdict(part) for part in formats.parts(uri)]
+    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
+    return dataset.map_batches(_read, batch_size=1, num_cpus=num_cpus)
+
+
+def _read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One part -> its rows, a batch at a time."""
+    part = formats.Part(str(batch["file"][0]), int(batch["start"][0]), int(batch["end"][0]))
+    rows = formats.read_part(part)
+    try:
+        while some := list(itertools.islice(rows, BATCH_ROWS)):
+            places, texts = map(list, zip(*some, strict=True))
+            yield {"line": texts, "file": [part.file] * len(texts), "place": places}
+    except UserError as error:
+        yield {"line": [str(error)], "file": [""], "place": [-1]}
+
+
+def parse(batch: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """A batch of `lines` -> checked rows."""
+    rows = []
+    for line, file, place in zip(batch["line"], batch["file"], batch["place"], strict=True):
+        if place < 0:
+            raise UserError(str(line))
+        rows.append(formats.parse_line(line, kind, file, int(place)))
+    return rows
+
+
 @or_mistake
-def encode(batch: dict[str, Any], tokenizer_folder: str, kind: str) -> dict[str, list]:
-    """A batch of rows or lines -> token ids and loss masks."""
-    tokenizer = _tokenizer(tokenizer_folder)
+def encode(batch: dict[str, Any], tokenizer_uri: str, kind: str) -> dict[str, list]:
+    """A batch of `lines` -> token ids and loss masks."""
+    tokenizer = _tokenizer(tokenizer_uri)
     docs = [
         chat.plain_text(tokenizer, row["text"])
         if kind == "text"
         else chat.conversation(tokenizer, row)
-        for row in _rows(batch, kind)
+        for row in parse(batch, kind)
     ]
     return {"ids": [ids for ids, _ in docs], "mask": [mask for _, mask in docs]}
-
-
-def _rows(batch: dict[str, Any], kind: str) -> Iterator[dict[str, Any]]:
-    if "line" in batch:
-        for line, file in zip(batch["line"], batch["file"], strict=True):
-            yield parse(line, kind, file)
-    else:
-        for values in zip(*batch.values(), strict=True):
-            yield formats.check_row(dict(zip(batch, values, strict=True)), kind, "a parquet row")
-
-
-def parse(line: str, kind: str, file: str) -> dict[str, Any]:
-    """A JSONL line as a row; the line number is looked up only when it is needed."""
-    try:
-        return formats.parse_line(line, kind, file)
-    except UserError as error:
-        where = f"{file} line {formats.line_of(file, line)}"
-        raise UserError(str(error).replace(file, where, 1)) from error
-
-
-def lines(uri: str, num_cpus: float) -> ray.data.Dataset:
-    """The JSONL lines of a file or folder with the file they stand in: columns `line`, `file`.
-
-    Reading asks for as much of a CPU as what follows: Ray Data then runs both in one worker.
-    """
-    found = formats.files(uri)
-    filesystem, _ = storage.resolve(found[0])
-    uri_of = {storage.resolve(file)[1]: file for file in found}
-    dataset = ray.data.read_text(
-        list(uri_of),
-        filesystem=filesystem,
-        include_paths=True,
-        drop_empty_lines=True,
-        num_cpus=num_cpus,
-    )
-
-    def name(batch: dict[str, Any]) -> dict[str, Any]:
-        known = [next(u for p, u in uri_of.items() if path.endswith(p)) for path in batch["path"]]
-        return {"line": batch["text"], "file": known}
-
-    return dataset.map_batches(name, num_cpus=num_cpus)
-
-
-def rows(uri: str, kind: str, num_cpus: float) -> ray.data.Dataset:
-    """A dataset of lines (JSONL) or of columns (parquet)."""
-    found = formats.files(uri)
-    if not found[0].endswith(".parquet"):
-        return lines(uri, num_cpus)
-    filesystem, _ = storage.resolve(found[0])
-    paths = [storage.resolve(file)[1] for file in found]
-    return ray.data.read_parquet(
-        paths, filesystem=filesystem, columns=list(formats.NEEDED[kind]), num_cpus=num_cpus
-    )
 
 
 def run(step: Any, run: Any) -> None:
     """Inputs: `tokenizer` (a checkpoint); data: `rows`; settings: kind, seq_len."""
     kind, seq_len = step.settings["kind"], step.settings["seq_len"]
-    tokenizer_folder = run.fetch(step.inputs["tokenizer"])
-    tokenizer = chat.load_tokenizer(tokenizer_folder)
+    tokenizer_uri = step.inputs["tokenizer"].artifact.uri
+    tokenizer = _tokenizer(tokenizer_uri)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    encoded = rows(run.locate(step, "rows"), kind, run.light_cpus).map_batches(
+    encoded = lines(run.locate(step, "rows"), run.light_cpus).map_batches(
         encode,
-        fn_args=(tokenizer_folder, kind),
+        fn_args=(tokenizer_uri, kind),
         batch_size=BATCH_ROWS,
         num_cpus=run.light_cpus,
     )

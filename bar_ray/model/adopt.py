@@ -18,7 +18,9 @@ KEPT = ("config.json", "model.safetensors.index.json", *tensors.SIDE_FILES)
 
 def run(step: Any, run: Any) -> None:
     """Data: `checkpoint`, a folder of safetensors, config and tokenizer."""
-    uri, _ = step.data["checkpoint"]
+    uri = run.locate(step, "checkpoint", storage.CHECKPOINT_FILES)
+    if storage.read_manifest(uri):  # one of ours: remote files lie one folder deeper
+        uri = storage.join(uri, storage.verify(uri).data)
     with run.output(step) as folder:
         for file in storage.list_files(uri):
             name = file.split("?")[0].rsplit("/", 1)[-1]

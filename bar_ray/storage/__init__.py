@@ -2,6 +2,7 @@
 
 from bar_ray.storage.artifacts import Manifest, commit, fetch, read_manifest, sweep, verify
 from bar_ray.storage.files import (
+    CHECKPOINT_FILES,
     MANIFEST,
     check_writable,
     delete,
@@ -13,10 +14,12 @@ from bar_ray.storage.files import (
     write_bytes,
     write_json,
 )
-from bar_ray.storage.uris import StorageError, is_local, join, local_path, resolve
+from bar_ray.storage.uris import Damaged, StorageError, is_local, join, local_path, resolve
 
 __all__ = [
+    "CHECKPOINT_FILES",
     "MANIFEST",
+    "Damaged",
     "Manifest",
     "StorageError",
     "check_writable",

@@ -26,7 +26,9 @@ from bar_ray.storage.files import (
     LOCAL_LEFTOVER,
     MANIFEST,
     REMOTE_LEFTOVER,
+    alone,
     beside,
+    cache_folder,
     create,
     delete,
     digest,
@@ -39,7 +41,16 @@ from bar_ray.storage.files import (
     sync,
     write_bytes,
 )
-from bar_ray.storage.uris import StorageError, explained, is_local, join, local_path, resolve, shown
+from bar_ray.storage.uris import (
+    Damaged,
+    StorageError,
+    explained,
+    is_local,
+    join,
+    local_path,
+    resolve,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def read_manifest(uri: str) -> Manifest | None:
         if any(n.startswith("/") or ".." in n.split("/") for n in (manifest.data, *manifest.files)):
             raise ValueError("it names files outside of the artifact")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{shown(place)} is damaged: {error}\n{_rebuild(uri)}") from error
+        raise Damaged(f"{shown(place)} is damaged: {error}\n{_rebuild(uri)}") from error
     return manifest
 
 
@@ -108,11 +119,11 @@ def _check(uri: str, manifest: Manifest, read: Callable[[str, str], Any], name: 
         found = read(place, name)
     except FileNotFoundError as error:
         words = f"{shown(place)} is missing from a complete artifact"
-        raise StorageError(f"{words}\n{_rebuild(uri)}") from error
+        raise Damaged(f"{words}\n{_rebuild(uri)}") from error
     if found != expected:
         both = [f"{f['size']} bytes, sha256 {f['sha256']}" for f in (expected, found)]
         words = f"{shown(place)} is damaged: expected {both[0]}, found {both[1]}"
-        raise StorageError(f"{words}\n{_rebuild(uri)}")
+        raise Damaged(f"{words}\n{_rebuild(uri)}")
 
 
 def verify(uri: str) -> Manifest:
@@ -129,13 +140,17 @@ def fetch(uri: str, cache_dir: str | None = None) -> str:
     if is_local(uri):
         return os.path.join(local_path(uri), verify(uri).data).rstrip("/")
     manifest = _committed(uri)
-    cache = cache_dir or os.environ.get("BAR_RAY_CACHE", "~/.cache/bar_ray")
-    target = join(cache, manifest.sha256)
+    target = join(cache_dir or cache_folder(), manifest.sha256)
+    with alone(target):  # the processes of a machine download a file once
+        return _download(uri, manifest, target)
+
+
+def _download(uri: str, manifest: Manifest, target: str) -> str:
     try:
         if read_manifest(target):
             verify(target)
             return target
-    except StorageError:
+    except Damaged:
         delete(target)  # a damaged copy is fetched anew
     ours = beside(target)
     download = functools.partial(

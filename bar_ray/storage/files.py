@@ -1,18 +1,18 @@
 """Whole files behind URIs: read, write, list, delete, hash and fingerprint them."""
 
-import fnmatch
-import functools
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -22,6 +22,7 @@ from bar_ray.storage.uris import StorageError, explained, is_local, join, local_
 MANIFEST = "MANIFEST.json"
 CHUNK = 8 << 20
 THREADS = 8
+CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # not its README
 LOCAL_LEFTOVER = r"\.[^/]+\.tmp-[^/]+-\d+-[0-9a-f]{8}"
 REMOTE_LEFTOVER = r"data-[0-9a-f]{12}"
 FLAT = ("s3", "gcs", "abfs")  # object stores: no directories to create
@@ -33,6 +34,20 @@ def beside(path: str) -> str:
     return os.path.join(
         head, f".{name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     )
+
+
+def cache_folder() -> str:
+    """Where this machine keeps copies of what lies elsewhere ($BAR_RAY_CACHE)."""
+    return os.path.expanduser(os.environ.get("BAR_RAY_CACHE", "~/.cache/bar_ray"))
+
+
+@contextlib.contextmanager
+def alone(path: str) -> Iterator[None]:
+    """Let one process of this machine at a time work on `path`."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # given up by the kernel however the process ends
+        yield
 
 
 def is_running(pid: int) -> bool:
@@ -196,38 +211,48 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _remembered_sha256(uri: str, size: int, mtime_ns: int) -> str:
-    return hash_file(uri)["sha256"]
+def fingerprint_files(uri: str, suffixes: tuple[str, ...] = ("",)) -> str:
+    """Fingerprint of names and contents of a file, or of a directory's files with these suffixes.
 
-
-def _matches(name: str, pattern: str) -> bool:
-    if "**" in pattern:
-        return fnmatch.fnmatchcase(name, pattern.replace("**/", "*"))
-    parts, patterns = name.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
-
-
-def fingerprint_files(uri: str) -> str:
-    """Fingerprint of names and contents behind a file, directory or glob, wherever stored.
-
-    Contents are hashed once per process, size and modification time. Globs know `*`, `[ab]`, `**`.
+    Contents are read once per size and modification time: this machine remembers their hashes.
     """
     with explained("read", uri):
         filesystem, path = resolve(uri)
         info = filesystem.get_file_info(path)
-        head, mark, query = (path, "", "") if is_local(uri) else uri.partition("?")
-        wild = re.search(r"[^/]*[*\[].*", head)
         if info.is_file:
-            found = [(info.base_name, info, uri)]
-        elif wild and info.type == pafs.FileType.NotFound:
-            base, pattern = head[: wild.start()] + mark + query, unquote(wild[0])
-            listed = _list(base, recursive="/" in pattern or "**" in pattern)
-            found = [(n, i, join(base, n)) for n, i in listed if _matches(n, pattern)]
+            found = {info.base_name: (uri, info)}
         else:
-            found = [(n, i, join(uri, n)) for n, i in _list(uri, recursive=True)]
+            listed = _list(uri, recursive=True)
+            found = {n: (join(uri, n), i) for n, i in listed if n.endswith(suffixes)}
         if not found:
             raise StorageError(
                 f"no data at {shown(uri)}\ncheck that path, as seen from this machine"
             )
-        return digest([(n, _remembered_sha256(u, i.size, i.mtime_ns)) for n, i, u in found])
+        hashes = each(lambda name: _remembered_sha256(*found[name]), found)
+        return digest(sorted(hashes.items()))
+
+
+def _remembered_sha256(uri: str, info: pafs.FileInfo) -> str:
+    known = (uri, info.size, info.mtime_ns)
+    with _memory() as memory:
+        row = memory.execute(
+            "SELECT sha256 FROM hashes WHERE uri = ? AND size = ? AND mtime_ns = ?", known
+        ).fetchone()
+    if row is None:
+        row = (hash_file(uri)["sha256"],)
+        with _memory() as memory:
+            memory.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", (*known, *row))
+    return row[0]
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[sqlite3.Connection]:
+    """The hashes this machine has computed; committed on leaving."""
+    os.makedirs(cache_folder(), exist_ok=True)
+    place = f"{cache_folder()}/hashes.sqlite"
+    with contextlib.closing(sqlite3.connect(place, timeout=60)) as memory, memory:
+        memory.execute(
+            "CREATE TABLE IF NOT EXISTS hashes "
+            "(uri TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT)"
+        )
+        yield memory

@@ -37,6 +37,10 @@ class StorageError(UserError):
     """A storage operation that failed: what, where, and what to do."""
 
 
+class Damaged(StorageError):
+    """What was read is not what was committed: trying again will not mend it."""
+
+
 def shown(uri: str) -> str:
     """A URI for messages: without its query, and without keys."""
     return re.sub("//[^/@]*@", "//", uri.partition("?")[0]) if "://" in uri else uri

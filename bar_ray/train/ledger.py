@@ -9,7 +9,6 @@ from typing import Any
 
 from bar_ray import storage
 from bar_ray.graph import Step
-from bar_ray.storage import StorageError
 
 
 class Ledger:
@@ -31,16 +30,25 @@ class Ledger:
         manifests = [f for f in storage.list_files(self.uri, recursive=True) if "MANIFEST" in f]
         return sorted({int(f.rsplit("step-", 1)[1].split("/")[0]) for f in manifests})
 
-    def newest(self) -> tuple[str, list[str]]:
-        """A local folder with the newest checkpoint that verifies ('' if none), and warnings."""
+    def newest(self) -> tuple[int, list[str]]:
+        """The step of the newest checkpoint that verifies (0 if none), and warnings.
+
+        A damaged one is set aside for good; any other failure to read is raised, as the
+        checkpoint may be whole.
+        """
         warnings = []
         for step in reversed(self.steps()):
             try:
-                return storage.fetch(self._at(step)), warnings
-            except StorageError as error:
+                self.folder(step)
+                return step, warnings
+            except storage.Damaged as error:
                 warnings.append(f"checkpoint at step {step} is damaged and dropped: {error}")
                 storage.delete(self._at(step))
-        return "", warnings
+        return 0, warnings
+
+    def folder(self, step: int) -> str:
+        """A local folder with the verified checkpoint of a step."""
+        return storage.fetch(self._at(step))
 
     def clear(self) -> None:
         storage.delete(self.uri)
