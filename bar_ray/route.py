@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from bar_ray.stages import lm
-from bar_ray.types import UserError
 
 LOAD_ROWS = 32
 
@@ -22,10 +21,8 @@ def run(step: Any, run: Any) -> None:
 
 
 def loop(config: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return RouteWorker(config["step"], config["run"]).loop()
-    except UserError as error:
-        return {"user_error": str(error)}
+    """One Ray Train worker."""
+    return lm.run_worker(RouteWorker, **config)
 
 
 class RouteWorker(lm.LmWorker):
@@ -43,17 +40,18 @@ class RouteWorker(lm.LmWorker):
 @torch.no_grad()
 def router_load(model: Any, shard: Any) -> list[list[float]]:
     """Mean gate over a source's loss tokens, [layer][expert]."""
-    from bar_ray.model.experts import gate_weights, moe_blocks
+    from bar_ray.model.experts import gate_weights, moe_blocks, router_logits
 
-    blocks, device = moe_blocks(model), next(model.parameters()).device
-    totals = [0.0] * len(blocks)
+    device = next(model.parameters()).device
+    totals = [0.0] * len(moe_blocks(model))
     count = 0
     for row in range(min(LOAD_ROWS, len(shard))):
         tokens = torch.from_numpy(shard.tokens[row].astype("int64"))[None].to(device)
         positions = torch.from_numpy(shard.positions[row].astype("int64"))[None].to(device)
         wanted = torch.from_numpy(shard.loss[row].astype("bool")).to(device)
-        model.model(input_ids=tokens, position_ids=positions, use_cache=False)
-        for layer, block in enumerate(blocks):
-            totals[layer] += gate_weights(block.logits, block.top_k)[wanted].sum(0).cpu()
+        with router_logits(model) as blocks:
+            model.model(input_ids=tokens, position_ids=positions, use_cache=False)
+            for layer, block in enumerate(blocks):
+                totals[layer] += gate_weights(block.logits, block.top_k)[wanted].sum(0).cpu()
         count += int(wanted.sum())
     return [(total / count).tolist() for total in totals]

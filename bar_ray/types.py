@@ -13,6 +13,17 @@ class UserError(Exception):
     """
 
 
+def user_error_in(error: BaseException) -> UserError | None:
+    """The user's error inside what Ray wrapped around it."""
+    link: BaseException | None = error
+    while link is not None:
+        # Ray's wrapper of a UserError is one too, with a traceback for a message and a `cause`.
+        if isinstance(link, UserError) and not hasattr(link, "cause"):
+            return link
+        link = getattr(link, "cause", None) or link.__cause__
+    return None
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished or planned output of a step: where it lives and what it was made from."""

@@ -23,10 +23,12 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def engine(folder: Path, learn: Learn, zero_stage: int = 0) -> Engine:
+def engine(
+    folder: Path, learn: Learn, zero_stage: int = 0, dtype: torch.dtype = torch.float32
+) -> Engine:
     run = Run(zero_stage=zero_stage, micro_batch=2)
     stage = Stage(lr=0.05, schedule="linear", grad_clip=1.0, learn=learn, run=run)
-    return Engine(experts.load(folder, torch.float32), stage, num_steps=8)
+    return Engine(experts.load(folder, dtype), stage, num_steps=8)
 
 
 def train(engine: Engine, steps: range) -> list[float]:
@@ -79,18 +81,19 @@ def test_learning_rate_follows_role_and_schedule(small_moe: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_continuing_from_a_checkpoint_is_bitwise_the_same(
-    small_moe: Path, tmp_path: Path, zero_stage: int
+    small_moe: Path, tmp_path: Path, zero_stage: int, dtype: torch.dtype
 ) -> None:
     learn = Learn(expert=1.0, router=1.0, embedding=0.1, attention=1.0)
-    straight = engine(small_moe, learn, zero_stage)
+    straight = engine(small_moe, learn, zero_stage, dtype)
     losses = train(straight, range(6))
-    first = engine(small_moe, learn, zero_stage)
+    first = engine(small_moe, learn, zero_stage, dtype)
     train(first, range(3))
     (tmp_path / "checkpoint").mkdir()
     first.save(tmp_path / "checkpoint", {"cursor": 3})
-    second = engine(small_moe, learn, zero_stage)
+    second = engine(small_moe, learn, zero_stage, dtype)
     assert second.load(tmp_path / "checkpoint") == {"cursor": 3, "step": 3}
     assert train(second, range(3, 6)) == losses[3:]
     for name, value in state(straight).items():

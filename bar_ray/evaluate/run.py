@@ -14,6 +14,7 @@ from bar_ray import rewards
 from bar_ray.data import chat, formats
 from bar_ray.recipe import Evaluate
 from bar_ray.rollout.batch import BatchEngine
+from bar_ray.rollout.sampler import check
 from bar_ray.types import UserError, Verdict
 
 BATCH_PROMPTS = 256
@@ -28,7 +29,7 @@ def run(step: Any, run: Any) -> None:
         for category in step.data
         for item in test_items(folder, category, run.locate(step, category), settings.limit)
     ]
-    completions = generate(folder, items, settings)
+    completions = generate(step.inputs["model"].artifact.uri, items, settings)
     sandbox = rewards.sandbox_for(run.recipe.sandbox)
     graded = [
         (c["text"], i["ground_truth"], i["verifier"])
@@ -52,7 +53,7 @@ def test_items(folder: str, category: str, uri: str, limit: int) -> list[dict[st
     for number, row in enumerate(formats.read_rows(uri, "prompts")):
         if limit and number == limit:
             break
-        rewards.validate(row["verifier"], row.get("ground_truth"))
+        check(row, uri, number)
         items.append(
             {
                 **{"category": category, "id": str(row.get("id", number))},
@@ -65,7 +66,7 @@ def test_items(folder: str, category: str, uri: str, limit: int) -> list[dict[st
     return items
 
 
-def generate(folder: str, items: list[dict], settings: Evaluate) -> list[dict[str, Any]]:
+def generate(model_uri: str, items: list[dict], settings: Evaluate) -> list[dict[str, Any]]:
     """One completion per item, in order."""
     longest = max(len(item["prompt"]) for item in items)
     prompts = ray.data.from_items(
@@ -74,7 +75,7 @@ def generate(folder: str, items: list[dict], settings: Evaluate) -> list[dict[st
     )
     completed = prompts.map_batches(
         BatchEngine,
-        fn_constructor_args=(folder, longest, settings.max_tokens, settings.temperature),
+        fn_constructor_args=(model_uri, longest, settings.max_tokens, settings.temperature),
         batch_size=BATCH_PROMPTS,
         concurrency=settings.num_engines,
         num_cpus=settings.cpus_per_engine,

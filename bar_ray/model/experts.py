@@ -8,6 +8,8 @@ from outside for `SplitMoe`, whose parameter names are the names on disk (router
 Shapes: B batch, T tokens, D model width, E experts, N = B*T.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,8 +53,8 @@ class SplitMoe(nn.Module):
     """A FlexOlmo MoE block over separate experts: softmax over all, the top k kept, not renormed.
 
     With k = E nothing is routed: each expert is a dense FFN with a per-token gate. With k < E the
-    gates of the others are zero (every expert still runs). `logits` keeps the last router logits
-    [N, E] for the z-loss and for measuring the load.
+    gates of the others are zero (every expert still runs). Inside `router_logits`, `logits` is the
+    router logits [N, E] of the forward pass.
     """
 
     def __init__(self, config) -> None:
@@ -64,12 +66,15 @@ class SplitMoe(nn.Module):
             ExpertFfn(config.hidden_size, config.intermediate_size, config.hidden_act)
             for _ in range(num_experts)
         )
+        self.keep_logits = False
         self.logits: torch.Tensor | None = None
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        self.logits = self.gate(x_ND)
-        gates_NE = gate_weights(self.logits, self.top_k).to(x_ND.dtype)
+        logits_NE = self.gate(x_ND)
+        if self.keep_logits:
+            self.logits = logits_NE
+        gates_NE = gate_weights(logits_NE, self.top_k).to(x_ND.dtype)
         out = sum(expert(x_ND, gates_NE[:, e : e + 1]) for e, expert in enumerate(self.experts))
         return out.reshape(x_BTD.shape)
 
@@ -81,6 +86,23 @@ def gate_weights(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
         return probs_NE
     kept = torch.topk(probs_NE, top_k, dim=-1).indices
     return torch.zeros_like(probs_NE).scatter(1, kept, probs_NE.gather(1, kept))
+
+
+@contextlib.contextmanager
+def router_logits(model: PreTrainedModel) -> Iterator[list[SplitMoe]]:
+    """The MoE blocks, which keep the router logits of a forward pass made inside.
+
+    Kept only here: a backward pass that recomputes activations runs the blocks again, and logits
+    kept from that would hold every layer's activations in memory.
+    """
+    blocks = moe_blocks(model)
+    for block in blocks:
+        block.keep_logits = True
+    try:
+        yield blocks
+    finally:
+        for block in blocks:
+            block.keep_logits, block.logits = False, None
 
 
 def moe_blocks(model: PreTrainedModel) -> list[SplitMoe]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bar_ray.data import chat
-from bar_ray.rollout.launch import EngineOptions, prepare_environment
+from bar_ray.rollout.launch import EngineOptions, local_folder, prepare_environment
 
 KV_CACHE_BYTES = 256 * 2**20
 
@@ -11,11 +11,12 @@ KV_CACHE_BYTES = 256 * 2**20
 class BatchEngine:
     """A Ray Data worker: prompts as tokens in, completions as text and length out."""
 
-    def __init__(self, folder: str, longest: int, max_tokens: int, temperature: float) -> None:
+    def __init__(self, place: str, longest: int, max_tokens: int, temperature: float) -> None:
         import torch
 
         on_gpu = torch.cuda.is_available()
-        options = EngineOptions(max_model_len=longest + max_tokens + 1)
+        folder = local_folder(place)
+        options = EngineOptions(max_model_len=longest + max_tokens + 1, enforce_eager=not on_gpu)
         prepare_environment(options)
         from vllm import LLM, SamplingParams
 

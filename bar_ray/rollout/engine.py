@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bar_ray.rollout.launch import EngineOptions, launch
+from bar_ray.rollout.launch import EngineOptions, launch, local_folder
 from bar_ray.rollout.launch import prepare_environment as prepare_environment
 from bar_ray.rollout.weights import Tensors, shared_files
 
@@ -71,7 +71,8 @@ class RolloutEngine:
         self._updating = asyncio.Lock()
         self._half_loaded = False  # normal during an update
         self._failed = False  # an update ended half loaded
-        self._llm, self._core, self._processes = launch(model_path, options)
+        folder = local_folder(model_path)
+        self._llm, self._core, self._processes = launch(folder, options)
 
     async def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling

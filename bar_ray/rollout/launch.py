@@ -10,6 +10,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from bar_ray import storage
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -31,6 +33,11 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.in_process and self.tensor_parallel_size > 1:
             raise ValueError("tensor parallelism needs worker processes: set in_process=False")
+
+
+def local_folder(place: str) -> str:
+    """A model's folder on this node: an artifact is fetched, any other folder stands as it is."""
+    return storage.fetch(place) if storage.read_manifest(place) else place
 
 
 def launch(model_path: str, options: EngineOptions) -> tuple[Any, Any, list[Any]]:
@@ -94,6 +101,8 @@ def engine_args(model_path: str, options: EngineOptions) -> Any:
         # CUDA generators can do: the core would die.
         enable_chunked_prefill=None if options.kv_cache_bytes is None else False,
         tensor_parallel_size=options.tensor_parallel_size,
+        # Inside a placement group vLLM would choose Ray and refuse the group's single bundle.
+        distributed_executor_backend="mp" if options.tensor_parallel_size > 1 else None,
         enforce_eager=options.enforce_eager,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,

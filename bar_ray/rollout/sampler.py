@@ -66,7 +66,7 @@ def load_prompts(folder: str, uris: dict[str, str], longest: int) -> dict[str, l
     for name, uri in uris.items():
         prompts = []
         for number, row in enumerate(formats.read_rows(uri, "prompts")):
-            rewards.validate(row["verifier"], row.get("ground_truth"))
+            check(row, uri, number)
             tokens = chat.prompt(tokenizer, row)
             truth, identity = row.get("ground_truth"), str(row.get("id", f"{name}-{number}"))
             if len(tokens) <= longest:
@@ -77,27 +77,45 @@ def load_prompts(folder: str, uris: dict[str, str], longest: int) -> dict[str, l
     return found
 
 
+def check(row: dict[str, Any], uri: str, number: int) -> None:
+    """Refuse a prompt whose verifier cannot work with its ground truth, saying which row."""
+    try:
+        rewards.validate(row["verifier"], row.get("ground_truth"))
+    except UserError as error:
+        raise UserError(f"{uri} row {number + 1}: {error}") from error
+
+
 @ray.remote(num_cpus=0)
 class Sampler:
     """Owns the order of prompts; talks to the engines and the rewards."""
 
     def __init__(self, step: Any, run: Any, engines: list[Any], folder: str) -> None:
-        stage: Rlvr = step.settings["stage"]
-        self.stage, self.engines, self.seed = stage, engines, step.settings["seed"]
-        self.tokenizer = chat.load_tokenizer(folder)
-        uris = {name: run.locate(step, name) for name in step.data}
-        prompts = load_prompts(folder, uris, stage.seq_len - stage.rollout.max_tokens)
+        self.step, self.run, self.engines, self.folder = step, run, engines, folder
+        self.stage: Rlvr = step.settings["stage"]
+        self.seed = step.settings["seed"]
+        self.num_steps = 0
+        self.batches: dict[int, RolloutBatch] = {}
+
+    def plan(self) -> int:
+        """The number of optimizer steps; reads the prompts the first time.
+
+        Not in the constructor: what goes wrong there reaches nobody.
+        """
+        if not self.num_steps:
+            self._load()
+        return self.num_steps
+
+    def _load(self) -> None:
+        stage = self.stage
+        self.tokenizer = chat.load_tokenizer(self.folder)
+        uris = {name: self.run.locate(self.step, name) for name in self.step.data}
+        prompts = load_prompts(self.folder, uris, stage.seq_len - stage.rollout.max_tokens)
         self.sources = list(prompts.values())
         sizes = [len(source) for source in self.sources]
         self.num_steps = steps_of(stage.steps, stage.epochs, stage.batch_size, sum(sizes))
         shares = [stage.data[name] for name in prompts]
         self.mixture = Mixture(sizes, shares, self.num_steps * stage.batch_size, self.seed)
-        self.sandbox = rewards.sandbox_for(run.recipe.sandbox)
-        self.batches: dict[int, RolloutBatch] = {}
-
-    def plan(self) -> int:
-        """The number of optimizer steps."""
-        return self.num_steps
+        self.sandbox = rewards.sandbox_for(self.run.recipe.sandbox)
 
     def prompts_of(self, step: int) -> list[Prompt]:
         places = range(step * self.stage.batch_size, (step + 1) * self.stage.batch_size)

@@ -5,9 +5,11 @@ number; continuing at the same number of workers is bitwise the same as never ha
 """
 
 import logging
+import math
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import ray.train
 import torch
@@ -18,7 +20,9 @@ from bar_ray import storage
 from bar_ray.graph import Step
 from bar_ray.recipe import Run as RunSettings
 from bar_ray.recipe import Stage
-from bar_ray.types import UserError
+from bar_ray.types import UserError, user_error_in
+
+Result = TypeVar("Result")
 
 
 def run(step: Step, run: Any) -> None:
@@ -53,11 +57,45 @@ def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
 
 
 def lm_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """One Ray Train worker. A user's mistake is returned, not raised: retrying cannot mend it."""
+    """One Ray Train worker."""
+    return run_worker(LmWorker, **config)
+
+
+def run_worker(worker: type["Worker"], **arguments: Any) -> dict[str, Any]:
+    """Run one rank. A user's mistake is returned, not raised: retrying cannot mend it."""
     try:
-        return LmWorker(config["step"], config["run"]).loop()
-    except UserError as error:
-        return {"user_error": str(error)}
+        return worker(**arguments).loop()
+    except Exception as error:
+        if mistake := user_error_in(error):
+            return {"user_error": str(mistake)}
+        raise
+
+
+def on_every_rank(work: Callable[[], Result]) -> Result:
+    """Do the work on every rank; a user's mistake of one rank is raised on all of them.
+
+    Otherwise the others would wait for it in their next collective.
+    """
+    mistake, result = "", None
+    try:
+        result = work()
+    except Exception as error:
+        found = user_error_in(error)
+        if found is None:
+            raise
+        mistake = str(found)
+    mistakes = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(mistakes, mistake)
+    if first := next(filter(None, mistakes), ""):
+        raise UserError(first)
+    return cast(Result, result)
+
+
+def from_first_rank(work: Callable[[], Result]) -> Result:
+    """Do the work on rank 0 and give every rank its result, or its user's mistake."""
+    boxed = [on_every_rank(lambda: work() if torch.distributed.get_rank() == 0 else None)]
+    torch.distributed.broadcast_object_list(boxed, src=0)
+    return cast(Result, boxed[0])
 
 
 class Worker:
@@ -74,14 +112,14 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         prepare_process(self.stage.run.threads)
-        self.model_folder = run.fetch(step.inputs["model"])
         self.ledger = Ledger(step)
 
     def loop(self) -> dict[str, Any]:
         from bar_ray.model import experts
         from bar_ray.train.engine import Engine
 
-        self.num_steps = self.prepare()
+        self.model_folder = on_every_rank(lambda: self.run.fetch(self.step.inputs["model"]))
+        self.num_steps = on_every_rank(self.prepare)
         dtype = getattr(torch, self.stage.dtype)
         model = experts.load(self.model_folder, dtype, self.step.settings.get("top_k", 0))
         self.engine = Engine(model, self.stage, self.num_steps)
@@ -90,6 +128,7 @@ class Worker:
         while self.engine.step < self.num_steps:
             now = time.monotonic()
             metrics = self.train_step()
+            self._require_finite(metrics)
             self._log(metrics, time.monotonic() - now, started, first)
             if self.engine.step % self.stage.run.checkpoint_every == 0:
                 self._checkpoint()
@@ -114,13 +153,23 @@ class Worker:
     def finish_output(self, folder: str) -> None:
         """For stages that add files to their artifact."""
 
+    def _require_finite(self, metrics: dict[str, float]) -> None:
+        """Stop a run that has diverged: nothing it would commit is worth keeping."""
+        for name in ("loss", "grad_norm"):  # the same on every rank
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise UserError(
+                    f"{self.step.label}: {name} is {metrics[name]} at step {self.engine.step}. "
+                    "Lower the learning rate (lr, learn) or raise warmup; the last checkpoint is "
+                    "from before"
+                )
+
     def _resume(self) -> dict[str, Any]:
-        folder, warnings = self.ledger.newest()
-        for warning in warnings:
+        at, warnings = from_first_rank(self.ledger.newest)
+        for warning in warnings if self.rank == 0 else ():
             self.run.say(self.step, warning)
-        if not folder:
+        if not at:
             return {}
-        state = self.engine.load(folder)
+        state = self.engine.load(on_every_rank(lambda: self.ledger.folder(at)))
         if self.rank == 0:
             self.run.say(self.step, f"continues at step {self.engine.step}/{self.num_steps}")
             self.run.event("resumed", self.step, at=self.engine.step)

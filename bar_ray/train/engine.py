@@ -18,7 +18,8 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from bar_ray.model import experts, freeze
@@ -56,12 +57,16 @@ class Engine:
 
     def _config(self) -> dict[str, Any]:
         """The number of micro-batches varies, so accumulation is steered by hand (boundaries)."""
-        bf16 = next(self_p.dtype for self_p in self.model.parameters()) == torch.bfloat16
+        bf16 = next(self.model.parameters()).dtype == torch.bfloat16
+        # Stage 0 has no fp32 copies that checkpoints can reach; on one worker 1 is the same as 0.
+        stage = max(1, self.stage.run.zero_stage) if bf16 else self.stage.run.zero_stage
+        precise = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage == 2 else {}
         return {
+            **precise,
             "train_micro_batch_size_per_gpu": self.stage.run.micro_batch,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.stage.grad_clip,
-            "zero_optimization": {"stage": self.stage.run.zero_stage},
+            "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
             "steps_per_print": 10**12,
@@ -123,11 +128,14 @@ class Engine:
         """
         self._link_moments()
         weights, moments = {}, {}
+        first = torch.distributed.get_rank() == 0
         for name, parameter in freeze.trainable(self.model).items():
-            weights[name] = self._full_param(parameter)
-            for moment in MOMENTS:
-                moments[f"{name}.{moment}"] = self._moment(parameter, moment)
-        if torch.distributed.get_rank() == 0:
+            full = {"": self._full_param(parameter)}
+            full |= {f".{moment}": self._moment(parameter, moment) for moment in MOMENTS}
+            if first:  # the others only take part in gathering
+                weights[name] = full.pop("")
+                moments |= {name + moment: value for moment, value in full.items()}
+        if first:
             save_file(weights, Path(folder) / "weights.safetensors")
             save_file(moments, Path(folder) / "optimizer.safetensors")
             (Path(folder) / "state.json").write_text(
@@ -137,14 +145,17 @@ class Engine:
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Restore what `save` wrote, at any number of workers; returns its state."""
         state = json.loads((Path(folder) / "state.json").read_text())
-        weights = load_file(Path(folder) / "weights.safetensors")
-        moments = load_file(Path(folder) / "optimizer.safetensors")
         self.step, self.updates = state["step"], state.pop("updates")
         self._link_moments()
-        for name, parameter in freeze.trainable(self.model).items():
-            self._set_param(parameter, weights[name])
-            for moment in MOMENTS:
-                self._set_moment(parameter, moment, moments[f"{name}.{moment}"])
+        with (
+            safe_open(Path(folder) / "weights.safetensors", "pt") as weights,
+            safe_open(Path(folder) / "optimizer.safetensors", "pt") as moments,
+        ):
+            for name, parameter in freeze.trainable(self.model).items():
+                self._set_param(parameter, weights.get_tensor(name))
+                for moment in MOMENTS:
+                    value = moments.get_tensor(f"{name}.{moment}")
+                    self._set_moment(parameter, moment, value)
         self._set_adam_steps()
         return state
 

@@ -6,12 +6,15 @@ result does not depend on how rows fall into micro-batches and workers.
 Shapes: M rows, S tokens, V vocabulary, K completions' tokens; L MoE layers, N = M*S, E experts.
 """
 
+import contextlib
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from bar_ray.data.batches import MicroBatch
-from bar_ray.model.experts import moe_blocks
+from bar_ray.model.experts import SplitMoe, router_logits
 
 
 def token_logprobs(
@@ -27,9 +30,8 @@ def token_logprobs(
     return -F.cross_entropy(logits_KV, targets_K, reduction="none")
 
 
-def router_z(model: PreTrainedModel) -> torch.Tensor:
+def router_z(blocks: Sequence[SplitMoe]) -> torch.Tensor:
     """Sum over tokens of the layers' mean squared logsumexp of router logits (ST-MoE z-loss)."""
-    blocks = moe_blocks(model)
     squares = [torch.logsumexp(block.logits.float(), dim=-1).square().sum() for block in blocks]
     return sum(squares) / len(blocks)
 
@@ -38,8 +40,9 @@ def language_model_loss(
     model: PreTrainedModel, batch: MicroBatch, loss_tokens: int, tokens: int, z_weight: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Cross-entropy per loss token of the global batch, plus the router z-loss per token."""
-    cross_entropy = -token_logprobs(model, batch).sum() / loss_tokens
-    total = cross_entropy
-    if z_weight and moe_blocks(model):
-        total = total + z_weight * router_z(model) / tokens
+    with router_logits(model) if z_weight else contextlib.nullcontext([]) as blocks:
+        cross_entropy = -token_logprobs(model, batch).sum() / loss_tokens
+        total = cross_entropy
+        if blocks:
+            total = total + z_weight * router_z(blocks) / tokens
     return total, {"loss": float(cross_entropy.detach())}
