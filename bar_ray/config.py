@@ -6,6 +6,7 @@ Nothing here imports torch or ray: `--help` and a wrong key answer at once. Ever
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bar_ray.recipe import ROLES, STAGES, Expert, Learn, Recipe, Stage
 from bar_ray.types import UserError
 
+DOMAIN_NAME = r"[\w][\w.-]*"
 SCHEDULES = ("constant", "linear", "cosine")
 ADVANTAGES = ("centred", "standardised")
 DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
@@ -27,7 +29,7 @@ DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from YAML, apply `key=value` overrides, check it."""
     raw = _read_yaml(Path(path))
-    raw["experts"] = _include_experts(raw.get("experts") or {}, Path(path).parent)
+    raw["experts"] = _include_experts(raw.get("experts") or {}, Path(path))
     known_experts = tuple(raw["experts"])
     try:
         merged = OmegaConf.merge(OmegaConf.create(raw), _dotlist(overrides))
@@ -35,7 +37,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
         _drop_experts(merged)
         _apply_stage_defaults(merged)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(_one_line(error, path)) from error
     check(recipe)
     return recipe
@@ -58,10 +60,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _include_experts(experts: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _include_experts(experts: Any, path: Path) -> dict[str, Any]:
     """An expert given as a string is a YAML file beside the recipe."""
+    if not isinstance(experts, dict):
+        raise UserError(f"{path}: experts: must be names with their stages, not {experts!r:.60}")
     return {
-        name: _read_yaml(folder / expert) if isinstance(expert, str) else expert
+        name: _read_yaml(path.parent / expert) if isinstance(expert, str) else expert
         for name, expert in experts.items()
     }
 
@@ -74,7 +78,15 @@ def _dotlist(overrides: Sequence[str]) -> Any:
 
 
 def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
-    for name in merged.experts:
+    for key in ("experts", "stages"):
+        if key in merged and not isinstance(merged[key], DictConfig):
+            raise UserError(f"{key}: must be names with their settings, not {merged[key]!r:.60}")
+    for name, expert in merged.experts.items():
+        if not isinstance(expert, DictConfig | None):
+            raise UserError(f"experts.{name}: must be stages with settings, not {expert!r:.60}")
+        for stage, settings in (expert or {}).items():
+            if not isinstance(settings, DictConfig | None):
+                raise UserError(f"experts.{name}.{stage}: must be settings, not {settings!r:.60}")
         if name not in known:
             hint = nearest(name, known) or f"the experts are {', '.join(known)}"
             raise UserError(f"experts.{name}: {path} has no expert '{name}'; {hint}")
@@ -95,9 +107,10 @@ def _apply_stage_defaults(merged: Any) -> None:
                 expert[stage] = OmegaConf.merge(defaults[stage], expert[stage])
 
 
-def _one_line(error: OmegaConfBaseException, path: str) -> str:
+def _one_line(error: Exception, path: str) -> str:
     key = getattr(error, "full_key", None)
-    reason = str(error).splitlines()[0]
+    whole = isinstance(error, yaml.YAMLError)  # says where on its later lines
+    reason = " ".join(str(error).split()) if whole else str(error).splitlines()[0]
     return f"{path}: {key}: {reason}" if key else f"{path}: {reason}"
 
 
@@ -130,28 +143,38 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     if recipe.tiny is None and not recipe.base.post_trained:
         yield "base.post_trained: give the dense checkpoint to branch from, or a `tiny` section"
     if recipe.tiny is not None:
-        yield from _stage_problems("tiny.pretrain", recipe.tiny.pretrain, recipe, dense=True)
-        yield from _stage_problems("tiny.post_train", recipe.tiny.post_train, recipe, dense=True)
+        yield from _stage_problems("tiny.pretrain", recipe.tiny.pretrain, recipe, DENSE_ROLES)
+        yield from _stage_problems("tiny.post_train", recipe.tiny.post_train, recipe, DENSE_ROLES)
     for name, expert in recipe.experts.items():
         yield from _expert_problems(f"experts.{name}", expert, recipe)
     yield from _router_problems(recipe)
+    yield from _positive("evaluate", recipe.evaluate, ("max_tokens", "num_engines"))
     if not recipe.evaluate.categories:
         yield "evaluate.categories: at least one category with a test file is needed"
 
 
+def _positive(key: str, section: Any, names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        if getattr(section, name) <= 0:
+            yield f"{key}.{name} is {getattr(section, name)}; it must be above 0"
+
+
 def _expert_problems(key: str, expert: Expert, recipe: Recipe) -> Iterator[str]:
+    name = key.removeprefix("experts.")
+    if not re.fullmatch(DOMAIN_NAME, name):
+        yield f"experts.{name}: a name may hold letters, digits, '_', '-' and '.'"
     stages = {name: getattr(expert, name) for name in STAGES}
     if not any(stages.values()):
         yield f"{key}: an expert needs at least one stage of {', '.join(STAGES)}"
     for name, stage in stages.items():
         if stage is not None:
-            yield from _stage_problems(f"{key}.{name}", stage, recipe)
+            yield from _stage_problems(f"{key}.{name}", stage, recipe, ROLES)
     if expert.rlvr is not None:
         yield from _rlvr_problems(f"{key}.rlvr", expert.rlvr)
 
 
-def _stage_problems(key: str, stage: Stage, recipe: Recipe, dense: bool = False) -> Iterator[str]:
-    if not stage.data:
+def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]) -> Iterator[str]:
+    if not stage.data and key != "router":  # the router takes the experts' SFT data by default
         yield f"{key}.data: name at least one dataset, such as {key}.data.{_any(recipe.datasets)}=1"
     for name, share in stage.data.items():
         if name not in recipe.datasets:
@@ -161,17 +184,15 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, dense: bool = False)
             yield f"{key}.data.{name} is {share}; a share must be above 0"
     if stage.steps <= 0 and stage.epochs <= 0:
         yield f"{key}: either `steps` or `epochs` must be above 0"
-    for name in ("batch_size", "seq_len"):
-        if getattr(stage, name) <= 0:
-            yield f"{key}.{name} is {getattr(stage, name)}; it must be above 0"
-    if stage.lr <= 0:
-        yield f"{key}.lr is {stage.lr}; it must be above 0"
+    yield from _positive(key, stage, ("batch_size", "seq_len", "lr"))
+    counts = ("num_workers", "threads", "micro_batch", "checkpoint_every")
+    yield from _positive(f"{key}.run", stage.run, counts)
     if not 0 <= stage.warmup <= 1:
         yield f"{key}.warmup is {stage.warmup}; it is a share of the steps, between 0 and 1"
     yield from _choice(f"{key}.schedule", stage.schedule, SCHEDULES)
     yield from _choice(f"{key}.dtype", stage.dtype, ("bfloat16", "float32"))
-    yield from _learn_problems(key, stage.learn, DENSE_ROLES if dense else ROLES)
-    if stage.batch_size % stage.run.num_workers:
+    yield from _learn_problems(key, stage.learn, roles)
+    if stage.run.num_workers > 0 and stage.batch_size % stage.run.num_workers:
         yield (
             f"{key}: batch_size {stage.batch_size} does not divide by "
             f"run.num_workers {stage.run.num_workers}"
@@ -192,6 +213,19 @@ def _learn_problems(key: str, learn: Learn, roles: Sequence[str]) -> Iterator[st
 
 
 def _rlvr_problems(key: str, rlvr: Any) -> Iterator[str]:
+    rollout = rlvr.rollout
+    names = ("max_tokens", "num_engines", "tensor_parallel", "threads", "max_num_seqs")
+    yield from _positive(f"{key}.rollout", rollout, names)
+    if rollout.max_tokens >= rlvr.seq_len:
+        yield (
+            f"{key}.rollout.max_tokens is {rollout.max_tokens}; with a prompt it must fit into "
+            f"{key}.seq_len {rlvr.seq_len}"
+        )
+    if rollout.gpus_per_engine not in (0, rollout.tensor_parallel):
+        yield (
+            f"{key}.rollout.gpus_per_engine is {rollout.gpus_per_engine:g}; an engine takes as "
+            f"many GPUs as {key}.rollout.tensor_parallel says: {rollout.tensor_parallel}"
+        )
     if rlvr.rollout.top_p != 1:
         yield (
             f"{key}.rollout.top_p is {rlvr.rollout.top_p}; it must stay 1: truncated sampling "
@@ -215,15 +249,10 @@ def _router_problems(recipe: Recipe) -> Iterator[str]:
             "router.top_k is 1: with one active expert its gate is normalised away (post-norm "
             "blocks), so the router gets no gradient; use 2 or more"
         )
-    yield from _learn_problems("router", router.learn, ("router", "anchor"))
-    yield from _choice("router.schedule", router.schedule, SCHEDULES)
+    yield from _stage_problems("router", router, recipe, ("router", "anchor"))
     sft_sources = {n for e in recipe.experts.values() if e.sft is not None for n in e.sft.data}
     if not sft_sources:
         yield "router: no expert has an `sft` stage, so there is no SFT data to sample from"
-    for name in router.data:
-        if name not in recipe.datasets:
-            hint = nearest(name, list(recipe.datasets))
-            yield f"router.data: unknown dataset '{name}'; {hint}"
 
 
 def _choice(key: str, value: str, valid: Sequence[str]) -> Iterator[str]:

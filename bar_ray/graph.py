@@ -56,8 +56,9 @@ class Step:
             "verb": self.verb,
             "version": VERBS[self.verb][1],
             "settings": meaning(self.settings),
-            "inputs": {key: step.fingerprint for key, step in self.inputs.items()},
-            "data": {key: content for key, (_, content) in self.data.items()},
+            # In order: it decides the slots of a merge and the places of a mixture.
+            "inputs": [(key, step.fingerprint) for key, step in self.inputs.items()],
+            "data": [(key, content) for key, (_, content) in self.data.items()],
         }
         canonical = json.dumps(described, sort_keys=True, default=str)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

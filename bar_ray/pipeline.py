@@ -64,8 +64,10 @@ def publish(graph: Pipeline, recipe: Recipe, scores: dict) -> None:
     for domain, expert in graph.experts.items():
         lineage = tuple(f"{s.verb} {s.name} {s.fingerprint}" for s in topological([expert]))
         model = f"{domain} {expert.verb}"
-        place = expert.artifact.uri.removeprefix(recipe.storage).lstrip("/")
-        version = Version(place, expert.fingerprint, lineage, scores["models"].get(model, {}))
+        place = ("artifacts", expert.verb, expert.name, expert.fingerprint)
+        version = Version(
+            "/".join(place), expert.fingerprint, lineage, scores["models"].get(model, {})
+        )
         registry.publish(recipe.storage, domain, version)
 
 
@@ -103,7 +105,8 @@ class Builder:
         return self.lm("train", "base", tiny.post_train, pretrained, "messages"), pretrained
 
     def imported(self, name: str, uri: str) -> Step:
-        data = {"checkpoint": (uri, storage.fingerprint_files(uri))}
+        content = storage.fingerprint_files(uri, storage.CHECKPOINT_FILES)
+        data = {"checkpoint": (uri, content)}
         return self.step("import", name, {}, {}, data)
 
     def adapt(self, domain: str, expert: Expert, branch: Step) -> dict[str, Step]:

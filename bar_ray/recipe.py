@@ -110,7 +110,7 @@ class Sft(Stage):
 class Rollout:
     """The engines that sample completions."""
 
-    max_tokens: int = what(4096, "longest completion, tokens")
+    max_tokens: int = what(2048, "longest completion, tokens")
     temperature: float = what(1.0, "sampling temperature, applied in the learner too")
     top_p: float = what(1.0, "must stay 1: truncated sampling biases the importance ratio")
     num_engines: int = how(1, "vLLM engines, each in its own actor and placement group")

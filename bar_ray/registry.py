@@ -1,7 +1,7 @@
 """Published experts: one small JSON file per domain, newest version last.
 
-A version says which artifact it is, what that was made from and how it scored. Publishing is the
-last thing a branch does; merging reads only what is published. The file is replaced as a whole.
+A version says which artifact it is, what that was made from and how it scored. It is written once
+the expert has its scores, so that people and other runs find it. The file is replaced as a whole.
 
 Left out: a lock across machines. Of two publications of one domain at the same instant one may be
 lost; running the same command again repeats it.
@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bar_ray import storage
+from bar_ray.config import DOMAIN_NAME
 from bar_ray.types import UserError
 
 
@@ -33,7 +34,7 @@ class Version:
 
 
 def _place(storage_uri: str, domain: str) -> str:
-    if not re.fullmatch(r"[\w][\w.-]*", domain):
+    if not re.fullmatch(DOMAIN_NAME, domain):
         raise UserError(f"{domain!r} cannot name a domain: use letters, digits, '_', '-' and '.'")
     return storage.join(storage_uri, "experts", f"{domain}.json")
 

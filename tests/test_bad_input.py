@@ -99,7 +99,7 @@ def test_manifest_with_one_wrong_byte(tmp_path: Path) -> None:
 def test_mistakes_found_by_a_step_stop_only_what_depends_on_it(tmp_path: Path) -> None:
     """A bad line, a tokenizer without a template and a cut file, each in a step of one run."""
     bad = tmp_path / "bad.jsonl"
-    bad.write_text(json.dumps(GOOD) + "\n" + json.dumps({"text": "x"}) + "\n")
+    bad.write_text(700 * (json.dumps(GOOD) + "\n") + json.dumps({"text": "x"}) + "\n")
     recipe = config.load(str(write_recipe(tmp_path, bad=str(bad))))
     graph = pipeline.Builder(recipe)
     graph.dense()
@@ -117,7 +117,7 @@ def test_mistakes_found_by_a_step_stop_only_what_depends_on_it(tmp_path: Path) -
     with pytest.raises(StepFailed) as caught:
         session.drive(recipe, steps)
     lines = str(caught.value).splitlines()
-    assert any("bad.jsonl line 2 has no `messages`" in line for line in lines)
+    assert any("bad.jsonl line 701 has no `messages`" in line for line in lines)
     assert any("has no chat template" in line for line in lines)
     assert any("is not a whole safetensors file" in line for line in lines)
     assert len(lines) == 3

@@ -95,8 +95,8 @@ def write_history(graph: Pipeline, recipe: Recipe) -> None:
     """An earlier run trained everything; the run of the report reran the router, with a fault."""
     steps, metrics, events, now = topological(graph.targets), [], [], 1000.0
     for step in steps:
-        events.append(record(step, now, event="started"))
-        events.append(record(step, now + 1, event="leased", resources={"CPU": 2.0, "GPU": 0}))
+        events.append(record(step, now, event="waiting"))
+        events.append(record(step, now + 1, event="started", resources={"CPU": 2.0, "GPU": 0}))
         events.append(record(step, now + 9, event="finished", seconds=9.0))
         if step.verb in ("train", "midtrain", "sft", "rlvr"):
             rows = [{"step": i, "steps": 6, "eta_s": 1.0, "loss": 2 - i / 6} for i in range(1, 7)]
@@ -107,10 +107,10 @@ def write_history(graph: Pipeline, recipe: Recipe) -> None:
         now += 10
     write_run(recipe, EARLIER, events, metrics, [])
     later = [
-        record(graph.merged, 5000.0, event="started"),
+        record(graph.merged, 5000.0, event="started", resources={}),
         record(graph.merged, 5010.0, event="finished", seconds=10.0),
-        record(graph.bar, 5010.0, event="started"),
-        record(graph.bar, 5020.0, event="leased", resources={"CPU": 3.0}),
+        record(graph.bar, 5010.0, event="waiting"),
+        record(graph.bar, 5020.0, event="started", resources={"CPU": 3.0}),
         record(graph.bar, 5030.0, event="resumed", at=2),
         {"time": 5031.0, "event": "worker_lost", "node": "<b>n1</b>"},
         record(graph.bar, 5080.0, event="finished", seconds=70.0),
@@ -195,7 +195,7 @@ def test_curves_come_from_the_runs_that_trained(tmp_path: Path) -> None:
     assert found.made_by()[history.identity(math_rlvr)]["run"] == EARLIER
     assert [e["event"] for e in found.incidents()] == ["resumed", "worker_lost"]
     lanes = history.spans(found.of_run(RUN))
-    assert [(s.started, s.begun, s.ended, s.outcome) for s in lanes] == [
+    assert [(s.ready, s.started, s.ended, s.outcome) for s in lanes] == [
         (5000.0, 5000.0, 5010.0, "finished"),
         (5010.0, 5020.0, 5080.0, "finished"),
     ]
@@ -230,7 +230,7 @@ def test_missing_pieces_do_not_break_the_page(tmp_path: Path) -> None:
 def test_a_failed_step_is_shown_and_not_counted_as_survived(tmp_path: Path) -> None:
     graph, recipe = made_up(tmp_path)
     events = [
-        record(graph.bar, 100.0, event="started"),
+        record(graph.bar, 100.0, event="started", resources={}),
         record(graph.bar, 130.0, event="failed", seconds=30.0, reason="no space left"),
     ]
     write_run(recipe, RUN, events, [], [record(graph.bar, 0, reused=False, reason="never ran")])

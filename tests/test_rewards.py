@@ -147,6 +147,9 @@ def test_math(verifiers: math.VerifierPool, completion: str, gold: Any, outcome:
         ("\\boxed{2^{10}}", "1024"),
         ("\\boxed{5!}", "120"),
         ("\\boxed{3 \\cdot 4}", "12"),
+        ("\\boxed{\\{40+45\\}}", "85"),
+        ("$x = y = 40+45$", "85"),
+        ("40+45", "85.0"),
     ],
 )
 def test_repeating_the_question_is_no_answer(
@@ -239,6 +242,7 @@ def test_hacks_score_nothing(sandbox: CountingSandbox, name: str) -> None:
     "completion",
     [
         "def f(x): return abs(x)",
+        "```python\ndef f(x):\n    return abs(x)\n```\nUse it so:\n```python\nprint(f(-3))\n```",
         "f = lambda x: x if x > 0 else -x",
         "Here it is:\n```python\ndef f(x):\n    return abs(x)\n```\nand a use:\n```\nprint(1)\n```",
         "```py\ndef f(x):\n    return float(abs(x))",

@@ -33,6 +33,12 @@ class Pool:
     def release(self, holder: str) -> None:
         del self.leases[holder]
 
+    def missing(self, resources: Resources) -> str:
+        """What the whole cluster lacks for them, in words; empty when it has enough."""
+        total = self.total()
+        short = {k: v for k, v in resources.items() if v > total.get(k, 0.0) + 1e-6}
+        return ", ".join(f"{v:g} {k} of {total.get(k, 0.0):g}" for k, v in short.items())
+
     def _fits(self, resources: Resources) -> bool:
         total = self.total()
         return all(

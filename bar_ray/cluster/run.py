@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bar_ray import storage
@@ -23,7 +23,7 @@ from bar_ray.cluster.pool import Pool, needs
 from bar_ray.graph import VERBS, Planned, Step, key, topological
 from bar_ray.log import duration
 from bar_ray.recipe import Recipe, meaning
-from bar_ray.types import UserError
+from bar_ray.types import UserError, user_error_in
 
 SAY_WAITING_EVERY_S = 30.0
 
@@ -50,12 +50,15 @@ class Run:
         """A local, verified folder with the output of a step."""
         return storage.fetch(step.artifact.uri)
 
-    def locate(self, step: Step, name: str) -> str:
-        """The URI of a data file of the step; `INPUT:path` lies in the artifact of an input."""
-        uri, _ = step.data[name]
+    def locate(self, step: Step, name: str, suffixes: tuple[str, ...] = ("",)) -> str:
+        """The URI of a dataset of the step; `INPUT:path` lies in the artifact of an input."""
+        uri, content = step.data[name]
         place, _, path = uri.partition(":")
         if place in step.inputs:
-            return os.path.join(self.fetch(step.inputs[place]), path)
+            artifact = step.inputs[place].artifact.uri  # workers of other nodes read it too
+            return storage.join(artifact, storage.verify(artifact).data, path)
+        if storage.fingerprint_files(uri, suffixes) != content:
+            raise UserError(f"{uri} has changed since this run was planned; run the command again")
         return uri
 
     @contextlib.contextmanager
@@ -133,6 +136,7 @@ class Executor:
         }
         self.total = len(self.todo)
         self.running: dict[Any, tuple[Step, float]] = {}
+        self.waiting: set[str] = set()
         self.failures: list[str] = []
         self.said_waiting = time.monotonic()
         # Ray Train's helpers look for "the" cluster of the machine and give up when there are two.
@@ -167,6 +171,7 @@ class Executor:
     def _start_ready(self) -> None:
         for step in self._ready():
             if not self.pool.try_lease(key(step), needs(step)):
+                self._wait_aloud()
                 break  # later ones must not overtake: a large stage would wait for ever
             del self.todo[key(step)]
             here = NodeAffinitySchedulingStrategy(self.run.head, soft=False)
@@ -175,6 +180,13 @@ class Executor:
             ).remote(step, self.run)
             self.running[ref] = (step, time.monotonic())
             self.run.event("started", step, resources=needs(step))
+
+    def _wait_aloud(self) -> None:
+        """Enter into the journal since when a step could run if there were room."""
+        for step in self._ready():
+            if key(step) not in self.waiting:
+                self.waiting.add(key(step))
+                self.run.event("waiting", step)
 
     def _finish(self, ref: Any) -> None:
         step, started = self.running.pop(ref)
@@ -207,27 +219,21 @@ class Executor:
         waiting = ", ".join(step.label for step in self._ready())
         if waiting:
             print(f"running {running}; waiting for the pool: {waiting}", flush=True)
+        for step, _ in self.running.values():
+            if missing := self.pool.missing(needs(step)):
+                print(f"{step.label} asks for more than the cluster has: {missing}", flush=True)
 
     def _show(self) -> None:
         for line in ray.get(self.run.journal.drain.remote()):
             print(line, flush=True)
 
 
-def user_error_in(error: BaseException) -> UserError | None:
-    """The user's error inside what Ray wrapped around it."""
-    link: BaseException | None = error
-    while link is not None:
-        # Ray's wrapper of a UserError is one too, with a traceback for a message.
-        if isinstance(link, UserError) and not isinstance(link, RayTaskError):
-            return link
-        link = getattr(link, "cause", None) or link.__cause__
-    return None
-
-
 def reason_of(error: BaseException) -> str:
-    """The message for a person: the user's error inside, or the last line of what went wrong."""
+    """The message for a person: the user's error inside, or the innermost cause in one line."""
     if mistake := user_error_in(error):
         return str(mistake)
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[-1]}"
+    while cause := getattr(error, "cause", None) or error.__cause__:
+        error = cause
+    lines = str(error).strip().splitlines() or [""]
+    # Ray's own errors end with what went wrong, others begin with it.
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0]}"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from bar_ray import storage
 from bar_ray.config import dump
@@ -33,9 +34,9 @@ def absolute_storage(recipe: Recipe) -> Recipe:
 
     A submitted job runs in a temporary copy of the project: there, relative means under home.
     """
-    uri = recipe.storage
+    uri = os.path.expanduser(recipe.storage)
     if not storage.is_local(uri) or os.path.isabs(uri) or "://" in uri:
-        return recipe
+        return replace(recipe, storage=uri)
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     root = Path.home() if submitted else Path.cwd()
     return replace(recipe, storage=str(root / uri))
@@ -58,6 +59,7 @@ def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
         signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` sends it
         started = time.monotonic()
         _connect(recipe)
+        _refuse_what_cannot_fit(recipe, planned)
         _execute(recipe, run_id, planned)
         print(f"ran {num_steps} steps in {duration(time.monotonic() - started)}", flush=True)
     return run_id
@@ -88,8 +90,8 @@ def _connect(recipe: Recipe) -> None:
     import ray.data
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = recipe.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
+    address = _address(recipe)
+    if _is_local(recipe):
         ray.init(
             address="local",
             num_cpus=recipe.cluster.num_cpus or None,
@@ -109,6 +111,30 @@ def _connect(recipe: Recipe) -> None:
     print(f"ray {ray.__version__} at {url} with {total}", flush=True)
 
 
+def _is_local(recipe: Recipe) -> bool:
+    return _address(recipe) in ("", "local")
+
+
+def _address(recipe: Recipe) -> str:
+    return recipe.cluster.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def _refuse_what_cannot_fit(recipe: Recipe, planned: list[Planned]) -> None:
+    """A cluster of our own never grows: a step too large for it would wait for ever."""
+    import ray
+
+    from bar_ray.cluster.pool import Pool, needs
+
+    pool = Pool(ray.cluster_resources)
+    for step in (p.step for p in planned if not p.reused and _is_local(recipe)):
+        if missing := pool.missing(needs(step)):
+            raise UserError(
+                f"{step.label} asks for more than this machine has: {missing}. Ask for less "
+                "(run.num_workers, cpus_per_worker, gpus_per_worker), or give a larger cluster's "
+                "address (cluster.address)"
+            )
+
+
 def _protect_token() -> None:
     """Ray writes its authentication token readable for everybody."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
@@ -125,9 +151,19 @@ def _execute(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:
     try:
         execute(planned, run)
     finally:
+        _close(run)
+        ray.shutdown()
+
+
+def _close(run: Any) -> None:
+    """The last lines; a journal that cannot be written does not undo a finished run."""
+    import ray
+
+    try:
         for line in ray.get(run.journal.close.remote()):
             print(line, flush=True)
-        ray.shutdown()
+    except (ray.exceptions.RayError, UserError) as error:
+        print(f"the run's journal is incomplete: {error}", file=sys.stderr, flush=True)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from bar_ray.graph import Step
 
 Record = dict[str, Any]
 Who = tuple[str, str, str]  # verb, name, fingerprint
-ROUTINE = ("started", "leased", "trained", "finished", "reused", "checkpoint", "published")
+ROUTINE = ("waiting", "started", "trained", "finished", "reused", "checkpoint", "published")
 
 
 def who(record: Record) -> Who:
@@ -28,18 +28,14 @@ def identity(step: Step) -> Who:
 
 @dataclass(frozen=True)
 class Span:
-    """One step in a run: asked for, given its resources, ended. Times are epoch seconds."""
+    """One step in a run: ready to start, given its resources, ended. Times are epoch seconds."""
 
     who: Who
+    ready: float
     started: float
     ended: float
     outcome: str
-    leased: float | None = None
     resources: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def begun(self) -> float:
-        return self.started if self.leased is None else self.leased
 
 
 @dataclass(frozen=True)
@@ -100,15 +96,17 @@ def run_description(storage_uri: str, run_id: str) -> Record:
 def spans(events: list[Record]) -> list[Span]:
     """The steps of one run over time, in order of their start."""
     found: dict[Who, Span] = {}
+    waiting: dict[Who, float] = {}
     for event in events:
         step, now = who(event), event["time"]
-        if event["event"] == "started":
-            found[step] = Span(step, now, events[-1]["time"], "unfinished")
-        elif step in found and event["event"] == "leased":
-            found[step] = replace(found[step], leased=now, resources=event["resources"])
+        if event["event"] == "waiting":
+            waiting[step] = now
+        elif event["event"] == "started":
+            ready, last = waiting.get(step, now), events[-1]["time"]
+            found[step] = Span(step, ready, now, last, "unfinished", event["resources"])
         elif step in found and event["event"] in ("finished", "failed"):
             found[step] = replace(found[step], ended=now, outcome=event["event"])
-    return sorted(found.values(), key=lambda span: span.started)
+    return sorted(found.values(), key=lambda span: span.ready)
 
 
 def resource_hours(run_spans: list[Span]) -> dict[str, float]:
@@ -116,5 +114,5 @@ def resource_hours(run_spans: list[Span]) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
     for span in run_spans:
         for name, amount in span.resources.items():
-            total[name] += amount * (span.ended - span.begun) / 3600
+            total[name] += amount * (span.ended - span.started) / 3600
     return dict(total)

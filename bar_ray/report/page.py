@@ -226,15 +226,15 @@ class Page:
 
     def timeline(self) -> Markup:
         lanes: dict[str, list[svg.Bar]] = {n: [] for n in ("data", "base", *self.domains, "model")}
-        begin = min([self.description.get("started", math.inf), *(s.started for s in self.spans)])
+        begin = min([self.description.get("started", math.inf), *(s.ready for s in self.spans)])
         owners = self._owners()
         for span in self.spans:
             verb, name, _ = span.who
             lane = owners.get(span.who, "data")
-            waited = f", after waiting {duration(span.begun - span.started)}"
-            title = f"{verb} {name}: {duration(span.ended - span.begun)}"
-            title += waited if span.begun - span.started >= 1 else ""
-            times = (span.started - begin, span.begun - begin, span.ended - begin)
+            waited = f", after waiting {duration(span.started - span.ready)}"
+            title = f"{verb} {name}: {duration(span.ended - span.started)}"
+            title += waited if span.started - span.ready >= 1 else ""
+            times = (span.ready - begin, span.started - begin, span.ended - begin)
             colour = self.colour("bar" if lane == "model" else lane)
             bar = svg.Bar(
                 verb, title, colour, *times, verb == "evaluate", span.outcome != "finished"

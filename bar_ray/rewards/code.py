@@ -76,10 +76,14 @@ def judge(run: Run, expected: list[Any]) -> Verdict:
 
 
 def extract_program(completion: str, entry_point: str) -> str:
-    """The last fenced block that names the function, the last block, or the whole text."""
-    blocks = _FENCE.findall(completion)
-    named = [block for block in blocks if re.search(rf"\b{re.escape(entry_point)}\b", block)]
-    return (named or blocks or [completion])[-1].strip()
+    """The last fenced block that defines the function, or names it, or is there; or all of it.
+
+    A usage example behind the program names the function too, but does not define it.
+    """
+    blocks, name = _FENCE.findall(completion), re.escape(entry_point)
+    defining = [b for b in blocks if re.search(rf"\b(def|class)\s+{name}\b|\b{name}\s*=", b)]
+    naming = [b for b in blocks if re.search(rf"\b{name}\b", b)]
+    return (defining or naming or blocks or [completion])[-1].strip()
 
 
 def validate(ground_truth: Any) -> None:

@@ -21,7 +21,7 @@ from math_verify import parse, verify
 
 _MEMORY_BYTES = 2 << 30
 _ORPHAN_S = 60
-_INTEGER = re.compile(r"[+-]?[\d,]+")
+_INTEGER = re.compile(r"[+-]?[\d,]+(\.0*)?")
 _FRACTION = re.compile(r"/|frac")
 
 
@@ -56,7 +56,14 @@ def _is_worked_out(answer: Any, text: str) -> bool:
     """
     if isinstance(answer, sympy.Equality):
         answer = answer.rhs
-    if not isinstance(answer, sympy.Expr) or not answer.is_number:
+    parts = answer.args if isinstance(answer, sympy.And) else ()  # "x = y = 40 + 45"
+    if isinstance(answer, sympy.FiniteSet | sympy.Tuple | sympy.MatrixBase):
+        parts = tuple(answer)
+    if parts:
+        return all(_is_worked_out(part, text) for part in parts)
+    if not isinstance(answer, sympy.Expr):
+        return False  # nothing else is an integer
+    if not answer.is_number:
         return True
     if answer.is_Number:
         return not _FRACTION.search(text)  # sympy reduces a fraction while reading it
