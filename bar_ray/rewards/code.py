@@ -1,9 +1,12 @@
 """The "code" reward: a Python function that must return what is expected on every input.
 
 Ground truth: `{"entry_point": "f", "inputs": [[args], ...], "expected": [value, ...]}`. Only inputs
-enter the sandbox. Full score or none: a share of passed tests rewards programs that hard-code the
-easy ones, so "partly" is counted and scores 0. Give hidden tests other inputs than the prompt
-shows, or hard-coded answers pass.
+enter the sandbox. Or `{"entry_point": "f", "test": "def check(candidate): ..."}` as HumanEval has
+it: the tests run in a sandbox of their own, where the program cannot see them.
+
+Full score or none: a share of passed tests rewards programs that hard-code the easy ones, so
+"partly" is counted and scores 0. Give hidden tests other inputs than the prompt shows, or
+hard-coded answers pass.
 """
 
 import functools
@@ -51,6 +54,8 @@ def grade_batch(items: Sequence[tuple[str, Any]], sandbox: Sandbox | None = None
 
     def run(work: tuple[str, dict[str, Any]]) -> Verdict:
         program, test = work
+        if "test" in test:
+            return judge_check(*sandbox.check(program, test["entry_point"], test["test"]))
         return judge(sandbox.run(program, test["entry_point"], test["inputs"]), test["expected"])
 
     if new:
@@ -75,6 +80,18 @@ def judge(run: Run, expected: list[Any]) -> Verdict:
     return Verdict(0.0, "wrong" if any(call.ok for call in run.calls) else "crash")
 
 
+def judge_check(served: Run, tested: Run) -> Verdict:
+    """What became of a program and of the tests that called it."""
+    if served.status != "done":
+        return Verdict(0.0, served.status)
+    if tested.status != "done":
+        return Verdict(0.0, "wrong" if tested.status == "unparsable" else tested.status)
+    [call] = tested.calls
+    if call.ok:
+        return Verdict(1.0, "right")
+    return Verdict(0.0, "wrong" if call.value == "AssertionError" else "crash")
+
+
 def extract_program(completion: str, entry_point: str) -> str:
     """The last fenced block that defines the function, or names it, or is there; or all of it.
 
@@ -93,6 +110,10 @@ def validate(ground_truth: Any) -> None:
 
 def _read_tests(ground_truth: Any) -> dict[str, Any]:
     tests = decode(ground_truth, "code")
+    if isinstance(tests, dict) and {"entry_point", "test"} <= tests.keys():
+        if not re.search(r"\bdef check\(", str(tests["test"])):
+            raise UserError('the `test` of the reward "code" must define check(candidate).')
+        return tests
     keys = ("entry_point", "inputs", "expected")
     if not isinstance(tests, dict) or any(key not in tests for key in keys):
         raise UserError(
@@ -113,7 +134,7 @@ def _read_tests(ground_truth: Any) -> dict[str, Any]:
 
 def _key(program: str, tests: dict[str, Any]) -> str:
     try:
-        content = json.dumps([program, tests["entry_point"], tests["inputs"], tests["expected"]])
+        content = json.dumps([program, tests], sort_keys=True)
     except TypeError as error:
         raise UserError(
             f'tests of the reward "code" must be plain JSON values: {error}.'

@@ -4,6 +4,9 @@ It reads one marshalled request from stdin, lowers its own limits for good, runs
 its function once per input and writes one JSON line to a private descriptor. It never sees expected
 values, so a program that forges the line gains nothing. `json` is not imported: that costs as much
 as starting Python.
+
+Tests that are a program themselves run in a second sandbox: there the function they are given asks
+the first one for every value. Only values cross, as Python literals of plain data.
 """
 
 import marshal
@@ -40,6 +43,63 @@ def encode_key(key: object) -> str:
     return encode(key) if isinstance(key, str) else quote(encode(key))
 
 
+def literal(value: object) -> str:
+    """A Python literal of plain data, which keeps tuples and sets apart from lists."""
+    if isinstance(value, float):
+        return {"nan": "'nan'", "inf": "1e999", "-inf": "-1e999"}.get(float.__repr__(value)) or (
+            float.__repr__(value)
+        )
+    for kind, left, right in ((list, "[", "]"), (tuple, "(", ",)"), (set, "{", "}")):
+        if isinstance(value, kind):
+            items = [literal(item) for item in value]
+            empty = {list: "[]", tuple: "()", set: "set()"}[kind]
+            return left + ",".join(items) + right if items else empty
+    if isinstance(value, dict):
+        return "{" + ",".join([literal(k) + ":" + literal(v) for k, v in value.items()]) + "}"
+    if isinstance(value, (bytes, complex)):
+        return (bytes if isinstance(value, bytes) else complex).__repr__(value)
+    if value is None or value is True or value is False or isinstance(value, (str, int)):
+        return str.__repr__(value) if isinstance(value, str) else repr_of(value)
+    raise TypeError("not plain data: " + type(value).__name__)
+
+
+def repr_of(value: object) -> str:
+    if value is None or value is True or value is False:
+        return {None: "None", True: "True", False: "False"}[value]
+    return int.__repr__(value)
+
+
+def answer(function, questions, answers) -> None:
+    """Serve calls until the asking side is gone: a line of arguments, a line of the result."""
+    from ast import literal_eval
+
+    for line in questions:
+        try:
+            reply = "(True," + literal(function(*literal_eval(line))) + ")"
+        except BaseException as error:
+            reply = "(False," + str.__repr__(type(error).__name__) + ")"
+        answers.write(reply + "\n")
+        answers.flush()
+
+
+def asker(questions, answers):
+    """The function that tests are given: it asks the other sandbox."""
+    from ast import literal_eval
+
+    def candidate(*arguments):
+        questions.write(literal(arguments) + "\n")
+        questions.flush()
+        line = answers.readline()
+        if not line:
+            raise RuntimeError("the program has ended")
+        worked, value = literal_eval(line)
+        if worked is not True:
+            raise RuntimeError("the program raised " + str(value))
+        return value
+
+    return candidate
+
+
 def lower_limits(limits: dict) -> None:
     """Set soft and hard limits; a process without privileges cannot raise them again."""
     for name, (soft, hard) in limits.items():
@@ -65,8 +125,22 @@ def run(request: dict) -> str:
         function = module.__dict__[request["entry_point"]]
     except BaseException as error:
         return '"stage":"' + stage + '","error":' + quote(type(error).__name__)
+    if "answers" in request:
+        with open(request["questions"]) as questions, open(request["answers"], "w") as answers:
+            answer(function, questions, answers)
+        return '"stage":"calls","calls":[]'
+    if "asks" in request:
+        with open(request["asks"], "w") as questions, open(request["hears"]) as answers:
+            candidate = asker(questions, answers)
+            module.__dict__[request["name"]] = candidate  # some tests call it by its name
+            return called(function, [[candidate]])
+    return called(function, request["inputs"])
+
+
+def called(function, inputs: list) -> str:
+    """The function's value, or its exception, for every list of arguments."""
     calls = []
-    for arguments in request["inputs"]:
+    for arguments in inputs:
         try:
             # Encoded at once: a later call must not change what this one returned.
             calls.append("[true," + encode(function(*arguments)) + "]")

@@ -24,6 +24,7 @@ import platform
 import queue
 import secrets
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,12 +109,12 @@ class Sandbox:
         self.allow_unsafe = allow_unsafe
         self._uids: queue.Queue[int] = queue.Queue()
         for slot in range(num_slots):
-            self._uids.put(first_uid + slot)
+            self._uids.put(first_uid + 2 * slot)  # the next one is for a program of tests
         self._programs: bubble.Programs | None = None
         self._filter = build_filter(platform.machine())
         self._checking = threading.Lock()
 
-    def check(self) -> None:
+    def prove(self) -> None:
         """Prove once that programs are held. UserError says what is missing and how to mend it."""
         with self._checking:
             if self._programs is not None:
@@ -130,24 +131,56 @@ class Sandbox:
 
     def run(self, program: str, entry_point: str, inputs: list[list[Any]]) -> Run:
         """Call the program's function on each input. Waits for a free slot."""
-        self.check()
-        assert self._programs is not None
+        self.prove()
         request = {"program": program, "entry_point": entry_point, "inputs": inputs}
         uid = self._uids.get()
         try:
-            for _ in range(_START_ATTEMPTS):
-                run_id = secrets.token_hex(8)
-                ended = self._execute(self._programs, uid, {**request, "id": run_id})
-                if ended.report.startswith(b"+"):
-                    return _interpret(ended, run_id, len(inputs))
+            return self._run(uid, request, len(inputs))
         finally:
             self._uids.put(uid)
+
+    def check(self, program: str, entry_point: str, tests: str) -> tuple[Run, Run]:
+        """Call `check(candidate)` of `tests`, a program; returns the runs of program and tests.
+
+        The two run in sandboxes of their own and only plain values cross: the program never sees
+        what is expected, and the tests call a function that asks the program.
+        """
+        self.prove()
+        uid = self._uids.get()
+        try:
+            (questions, asks), (hears, answers) = os.pipe(), os.pipe()
+            candidate = {"program": program, "entry_point": entry_point}
+            candidate |= {"questions": questions, "answers": answers}
+            asking = {"program": tests, "entry_point": "check", "name": entry_point}
+            asking |= {"asks": asks, "hears": hears}
+            with ThreadPoolExecutor(1) as other:
+                served = other.submit(self._run, uid, candidate, 0, (questions, answers))
+                tested = self._run(uid + 1, asking, 1, (asks, hears))
+                return served.result(), tested
+        finally:
+            self._uids.put(uid)
+
+    def _run(
+        self, uid: int, request: dict[str, Any], num_calls: int, fds: tuple[int, ...] = ()
+    ) -> Run:
+        assert self._programs is not None
+        for _ in range(1 if fds else _START_ATTEMPTS):  # what it has said cannot be said again
+            run_id = secrets.token_hex(8)
+            ended = self._execute(self._programs, uid, {**request, "id": run_id}, fds)
+            if ended.report.startswith(b"+"):
+                return _interpret(ended, run_id, num_calls)
         raise SandboxError(
             f"the sandbox did not start in {_START_ATTEMPTS} attempts "
             f"(exit code {ended.returncode}): {_text(ended.output) or 'no message'}"
         )
 
-    def _execute(self, programs: bubble.Programs, uid: int, request: dict[str, Any]) -> Ended:
+    def _execute(
+        self,
+        programs: bubble.Programs,
+        uid: int,
+        request: dict[str, Any],
+        fds: tuple[int, ...] = (),
+    ) -> Ended:
         request = {**request, "limits": self.limits.as_rlimits()}
         with contextlib.ExitStack() as files:
             # Memory files need no thread that feeds a pipe; every Python reads marshal format 2.
@@ -155,7 +188,11 @@ class Sandbox:
             filter_fd = _memory_file(files, self._filter or b"")
             scratch_bytes = self.limits.scratch_mib * _MIB
             command = bubble.build_command(programs, uid, scratch_bytes, filter_fd)
-            return supervise(command, request_fd, filter_fd, self.limits)
+            try:
+                return supervise(command, request_fd, (filter_fd, *fds), self.limits)
+            finally:
+                for fd in fds:  # the other side must see the end when this one is gone
+                    os.close(fd)
 
     def _self_test(self, programs: bubble.Programs) -> None:
         if self._filter is None:

@@ -53,7 +53,7 @@ class _Capped:
         return bool(chunk)
 
 
-def supervise(command: list[str], stdin_fd: int, filter_fd: int, caps: Caps) -> Ended:
+def supervise(command: list[str], stdin_fd: int, passed_fds: tuple[int, ...], caps: Caps) -> Ended:
     """Run to the end or to the deadline, then kill the group.
 
     The process learns the number of its report descriptor as its last argument. Its environment is
@@ -68,7 +68,7 @@ def supervise(command: list[str], stdin_fd: int, filter_fd: int, caps: Caps) -> 
             stdin=stdin_fd,
             stdout=output_write,
             stderr=output_write,
-            pass_fds=(report_write, filter_fd),
+            pass_fds=(report_write, *passed_fds),
             env={},
             cwd="/tmp",
             start_new_session=True,
