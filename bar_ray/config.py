@@ -17,12 +17,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bar_ray.recipe import ROLES, STAGES, Expert, Learn, Recipe, Stage
+from bar_ray.recipe import ROLES, STAGES, Expert, Learn, Recipe, Rlvr, Stage
 from bar_ray.types import UserError
 
 DOMAIN_NAME = r"[\w][\w.-]*"
 SCHEDULES = ("constant", "linear", "cosine")
-ADVANTAGES = ("centred", "standardised")
+GRPO_CHOICES = {
+    "objective": ("grpo", "gspo", "cispo"),
+    "advantage": ("centred", "standardised"),
+    "normalise": ("tokens", "sequences", "constant"),
+    "kl_estimator": ("k1", "k2", "k3"),
+}
 DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
 
 
@@ -170,7 +175,7 @@ def _expert_problems(key: str, expert: Expert, recipe: Recipe) -> Iterator[str]:
         if stage is not None:
             yield from _stage_problems(f"{key}.{name}", stage, recipe, ROLES)
     if expert.rlvr is not None:
-        yield from _rlvr_problems(f"{key}.rlvr", expert.rlvr)
+        yield from _rlvr_problems(f"{key}.rlvr", expert.rlvr, recipe)
 
 
 def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]) -> Iterator[str]:
@@ -212,9 +217,9 @@ def _learn_problems(key: str, learn: Learn, roles: Sequence[str]) -> Iterator[st
             yield f"{key}.learn.{role}: no {role} to unfreeze here, only {', '.join(roles)}"
 
 
-def _rlvr_problems(key: str, rlvr: Any) -> Iterator[str]:
+def _rlvr_problems(key: str, rlvr: Rlvr, recipe: Recipe) -> Iterator[str]:
     rollout = rlvr.rollout
-    names = ("max_tokens", "num_engines", "tensor_parallel", "threads", "max_num_seqs")
+    names = ("max_tokens", "num_engines", "tensor_parallel", "threads", "max_num_seqs", "graders")
     yield from _positive(f"{key}.rollout", rollout, names)
     if rollout.max_tokens >= rlvr.seq_len:
         yield (
@@ -235,7 +240,26 @@ def _rlvr_problems(key: str, rlvr: Any) -> Iterator[str]:
         yield f"{key}.rollout.temperature must be above 0: a group needs different samples"
     if rlvr.grpo.samples < 2:
         yield f"{key}.grpo.samples is {rlvr.grpo.samples}; a group needs at least 2 samples"
-    yield from _choice(f"{key}.grpo.advantage", rlvr.grpo.advantage, ADVANTAGES)
+    for setting, valid in GRPO_CHOICES.items():
+        yield from _choice(f"{key}.grpo.{setting}", getattr(rlvr.grpo, setting), valid)
+    yield from _choice(f"{key}.keep", rlvr.keep, ("last", "best"))
+    for setting in ("max_staleness", "refill"):
+        if getattr(rlvr, setting) < 0:
+            yield f"{key}.{setting} is {getattr(rlvr, setting)}; it must be 0 or more"
+    if not 1 <= rlvr.grpo.minibatches <= rlvr.batch_size:
+        yield (
+            f"{key}.grpo.minibatches is {rlvr.grpo.minibatches}; it must be between 1 and "
+            f"batch_size {rlvr.batch_size}"
+        )
+    if rlvr.held_out and rlvr.held_out not in recipe.datasets:
+        hint = nearest(rlvr.held_out, list(recipe.datasets)) or "it is not under `datasets`"
+        yield f"{key}.held_out: unknown dataset '{rlvr.held_out}'; {hint}"
+    if rlvr.held_out and rlvr.held_out_every <= 0:
+        yield f"{key}.held_out_every is {rlvr.held_out_every}; it must be above 0"
+    if rlvr.keep == "best" and rlvr.replay:
+        yield f"{key}.keep=best needs engines to score with, and {key}.replay has none"
+    if rlvr.keep == "best" and not rlvr.held_out:
+        yield f"{key}.keep=best needs {key}.held_out: the prompts that decide which is best"
 
 
 def _router_problems(recipe: Recipe) -> Iterator[str]:

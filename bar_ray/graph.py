@@ -19,14 +19,15 @@ from bar_ray.types import Artifact
 
 # verb -> (function, version); raise the version when equal inputs give another output than before
 VERBS: dict[str, tuple[str, int]] = {
-    "world": ("bar_ray.tiny.verbs:world", 2),
+    "world": ("bar_ray.tiny.verbs:world", 3),
     "init": ("bar_ray.tiny.verbs:init", 2),
     "tokenise": ("bar_ray.data.tokenise:run", 1),
     "sample": ("bar_ray.data.sample:run", 1),
     "train": ("bar_ray.stages.lm:run", 2),
     "midtrain": ("bar_ray.stages.lm:run", 2),
     "sft": ("bar_ray.stages.lm:run", 2),
-    "rlvr": ("bar_ray.stages.rlvr:run", 2),
+    "rlvr": ("bar_ray.stages.rlvr:run", 3),
+    "rollouts": ("bar_ray.stages.rollouts:run", 1),
     "import": ("bar_ray.model.adopt:run", 1),
     "branch": ("bar_ray.model.branch:run", 1),
     "merge": ("bar_ray.merge:run", 1),

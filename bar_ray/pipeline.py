@@ -7,12 +7,13 @@ Nothing runs here: `build` says what depends on what, `cluster.run.execute` runs
 yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bar_ray import registry, storage
 from bar_ray.graph import Step, topological
 from bar_ray.recipe import STAGES, Expert, Recipe, Stage
 from bar_ray.registry import Version
+from bar_ray.types import UserError
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ def evaluate_folder(recipe: Recipe, uri: str) -> Step:
     graph = Builder(recipe)
     name = uri.rstrip("/").rsplit("/", 1)[-1]
     return graph.evaluate(name, graph.imported(name, uri))
+
+
+def rollouts(recipe: Recipe, domain: str, steps: int) -> Step:
+    """Graded rollouts of the model that enters the RLVR stage of an expert."""
+    stage = recipe.experts[domain].rlvr
+    if stage is None:
+        raise UserError(f"experts.{domain} has no `rlvr` stage to sample for")
+    rlvr = build(recipe).stages[domain]["rlvr"]
+    settings = {**rlvr.settings, "steps": steps}
+    return replace(rlvr, verb="rollouts", settings=settings)
 
 
 class Builder:
@@ -144,7 +155,10 @@ class Builder:
         return (uri, storage.fingerprint_files(uri)), {}
 
     def rlvr(self, domain: str, stage: Stage, model: Step) -> Step:
-        data, inputs = self._many({name: self.recipe.datasets[name] for name in stage.data})
+        names = [*stage.data, *([stage.held_out] if stage.held_out else [])]
+        data, inputs = self._many({name: self.recipe.datasets[name] for name in names})
+        if stage.replay:
+            data["replay"] = (stage.replay, storage.fingerprint_files(stage.replay))
         settings = {"stage": stage, "seed": self.recipe.seed}
         return self.step("rlvr", domain, settings, {"model": model, **inputs}, data)
 

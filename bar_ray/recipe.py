@@ -120,6 +120,12 @@ class Rollout:
     threads: int = how(1, "OpenMP threads of an engine on CPU")
     max_num_seqs: int = how(256, "sequences an engine decodes at once")
     kv_cache_gib: float = how(1.0, "KV cache of one engine on CPU, GiB")
+    graders: int = how(1, "actors that grade completions, each with `sandbox.slots`")
+    max_failures: int = how(8, "engines and graders replaced before the stage fails")
+    silence_s: float = how(120.0, "an engine that answers nothing for so long is replaced, seconds")
+    generate_s: float = how(1800.0, "longest wait for the completions of one prompt, seconds")
+    sync_s: float = how(300.0, "longest wait for one weight push, seconds")
+    dump_every: int = how(0, "keep the rollouts of every so many steps, to read or replay; 0: none")
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,15 @@ class Grpo:
     """The policy loss (DeepSeekMath GRPO with the changes of DAPO and Dr.GRPO)."""
 
     samples: int = what(8, "completions per prompt (the group)")
+    objective: str = what("grpo", "grpo, gspo (a ratio per completion) or cispo (clipped weights)")
     clip_low: float = what(0.2, "lower clip of the probability ratio")
     clip_high: float = what(0.272, "upper clip of the probability ratio")
     advantage: str = what("centred", "centred (reward - group mean) or standardised (and / std)")
+    normalise: str = what("tokens", "mean over tokens, sequences, or constant (Dr.GRPO)")
+    minibatches: int = what(1, "optimizer updates made of one batch of rollouts")
+    mask_truncated: bool = what(False, "learn nothing from completions cut at `max_tokens`")
+    kl: float = what(0.0, "weight of the KL penalty towards the model the stage began with")
+    kl_estimator: str = what("k3", "k1, k2 or k3 (Schulman)")
     tis_cap: float = what(
         2.0, "cap of truncated importance sampling, learner over engine; 0 is off"
     )
@@ -146,6 +158,16 @@ class Rlvr(Stage):
         lambda: Learn(expert=1.0, router=1.0, embedding=1.0, lm_head=1.0, attention=1.0, norm=1.0),
         "freeze table",
     )
+    max_staleness: int = what(
+        0, "optimizer steps by which a rollout may be older than the weights; 0 is synchronous"
+    )
+    refill: float = what(
+        0.0, "prompts drawn beyond a batch to replace groups without signal, as a share of it"
+    )
+    held_out: str = what("", "dataset of prompts that is scored while training; empty: none")
+    held_out_every: int = what(10, "optimizer steps between two scores on `held_out`")
+    keep: str = what("last", "the weights the stage ends with: last, or best on `held_out`")
+    replay: str = what("", "learn from rollouts kept by `dump_every` (a folder URI), not engines")
     rollout: Rollout = what(Rollout, "sampling")
     grpo: Grpo = what(Grpo, "policy loss")
 

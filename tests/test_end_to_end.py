@@ -5,6 +5,7 @@ work, not how good the models are (`make demo` shows that).
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,10 @@ import torch
 
 from bar_ray import config, pipeline, storage
 from bar_ray.data.mixture import Mixture
+from bar_ray.model.tensors import Checkpoint
 
 pytestmark = pytest.mark.slow
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the reward in even.py
 
 SHORT = (
     "tiny.pretrain.steps=12",
@@ -221,4 +224,122 @@ def test_killed_rlvr_consumes_every_prompt_exactly_once(straight: str, tmp_path:
     stage = rlvr.settings["stage"]
     planned = Mixture([len(ids)], [1.0], stage.steps * stage.batch_size, seed=0).row
     assert [len(step) for step in consumed] == [stage.batch_size] * stage.steps
-    assert [prompt for step in consumed for prompt in step] == [ids[row] for row in planned]
+    prompts = [each["prompt_id"] for step in consumed for each in step]
+    assert prompts == [ids[row] for row in planned]
+
+
+def easily_rewarded(folder: Path) -> tuple[str, ...]:
+    """RLVR prompts whose reward an untrained model sometimes gets: else there is no signal."""
+    message = {"role": "user", "content": "Say something."}
+    for name in ("train", "held_out"):
+        rows = [
+            {
+                "id": f"{name}-{n}",
+                "verifier": "even:grade",
+                "ground_truth": n,
+                "messages": [message],
+            }
+            for n in range(30)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (
+        f"datasets.math_rlvr={folder}/train.jsonl",
+        f"datasets.math_held_out={folder}/held_out.jsonl",
+    )
+
+
+def test_recorded_rollouts_train_bitwise_the_same_model_after_a_kill(
+    straight: str, tmp_path: Path
+) -> None:
+    """Sampling is replaced by what an earlier run kept, so only the learner is left."""
+    kept, killed = str(tmp_path / "kept"), str(tmp_path / "killed")
+    shutil.copytree(straight, kept)
+    overrides = (*ONLY_MATH, *FREQUENT, *easily_rewarded(tmp_path))
+    output = run("rollouts", kept, "--expert", "math", "--steps", "4", *overrides)
+    [page] = Path(kept).glob("artifacts/rollouts/math/*/transcripts.html")
+    assert str(page) in output and "reward 1.00 (right)" in page.read_text()
+    replay = f"experts.math.rlvr.replay={page.parent}"
+    shutil.copytree(kept, killed)
+    run("merge", kept, *overrides, replay)
+    kill_after_a_checkpoint("rlvr", "merge", killed, *overrides, replay)
+    assert "continues at step" in run("merge", killed, *overrides, replay)
+    ours, theirs = (
+        {p.removeprefix(s): sha for p, sha in manifests(s).items() if "/rlvr/" in p or "merge" in p}
+        for s in (killed, kept)
+    )
+    assert ours == theirs and any("/rlvr/" in place for place in ours)
+    rlvr = built(kept, *overrides, replay).experts["math"]
+    before, after = (
+        Checkpoint(storage.fetch(step.artifact.uri)) for step in (rlvr.inputs["model"], rlvr)
+    )
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    assert not torch.equal(before[name], after[name]), "nothing was learned: the test says nothing"
+
+
+ASYNCHRONOUS = (
+    "stages.rlvr.steps=14",
+    "stages.rlvr.max_staleness=2",
+    "stages.rlvr.run.num_workers=2",
+    "stages.rlvr.rollout.num_engines=2",
+    "stages.rlvr.rollout.cpus_per_engine=0.25",
+    "experts.math.rlvr.held_out_every=7",
+    "experts.math.rlvr.keep=best",
+)
+
+
+def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path: Path) -> None:
+    """An engine, the sampler and the learner are killed in turn while the others go on."""
+    store = str(tmp_path / "faults")
+    shutil.copytree(straight, store)
+    overrides = (*ONLY_MATH, *FREQUENT, *ASYNCHRONOUS, *easily_rewarded(tmp_path))
+    with subprocess.Popen(
+        command("merge", store, *overrides), stdout=subprocess.PIPE, text=True
+    ) as driver:
+        for number, name in enumerate(("RolloutEngine", "SamplerActor", "RayTrainWorker"), start=1):
+            wait_for_checkpoint(store, "rlvr", 3 * number, driver)
+            [*victims] = processes_called(driver.pid, name)
+            victims[0].kill()
+        output, _ = driver.communicate(timeout=900)
+    assert driver.returncode == 0, output[-3000:]
+    rlvr = built(store, *overrides).experts["math"]
+    folder = Path(storage.fetch(rlvr.artifact.uri))
+    consumed = json.loads((folder / "consumed.json").read_text())
+    stage = rlvr.settings["stage"]
+    places = [each["place"] for step in consumed for each in step]
+    assert sorted(places) == list(range(stage.steps * stage.batch_size)), "each prompt just once"
+    scores = json.loads((folder / "held_out.json").read_text())
+    assert set(scores["by_step"]) == {"7", "14"}
+    run_folder = max(Path(store, "runs").iterdir())
+    events = [json.loads(line)["event"] for line in (run_folder / "events.jsonl").open()]
+    for event in ("engine_lost", "sampler_lost", "resumed"):
+        assert event in events, f"the kill that should lead to {event} came too late"
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
+    rows = [row for row in rows if row["verb"] == "rlvr"]
+    assert max(row["staleness_max"] for row in rows) <= 2
+    assert max(row["canary_gap"] for row in rows) < 1e-3
+    assert any(row["zero_variance"] < 1 for row in rows), "there was something to learn"
+
+
+def wait_for_checkpoint(store: str, verb: str, step: int, driver: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 600
+    pattern = f"checkpoints/{verb}/*/*/step-*/MANIFEST.json"
+    while True:
+        steps = [int(p.parent.name.removeprefix("step-")) for p in Path(store).glob(pattern)]
+        if max(steps, default=0) >= step:
+            return
+        assert driver.poll() is None, "the driver ended before its process could be killed"
+        assert time.monotonic() < deadline, f"no checkpoint of {verb} at {step}"
+        time.sleep(0.1)
+
+
+def processes_called(driver: int, name: str) -> list[psutil.Process]:
+    """Ray's workers name themselves after what they run."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    assert found, f"no process of {name}"
+    return found

@@ -147,7 +147,7 @@ def sampled_gap(engine: ActorHandle, folder: Path, tensors: Tensors, version: in
     prompts = [[5, 6, 7], [8, 9]]
     groups = call(engine.generate.remote(prompts, Sampling(n=2, max_tokens=20)))
     samples = [sample for group in groups for sample in group]
-    assert [sample.weight_version for sample in samples] == [version] * 4
+    assert all(sample.spans == [(version, 0, len(sample.token_ids))] for sample in samples)
     starts = [prompt for prompt in prompts for _ in range(2)]
     sequences = [p + s.token_ids for p, s in zip(starts, samples, strict=True)]
     expected = expected_logprobs(folder, tensors, sequences, [len(p) for p in starts])
@@ -245,8 +245,11 @@ def test_requests_in_flight_survive_an_update(loaded: ActorHandle, folder: Path)
     groups = call(running)
     assert [len(samples[0].token_ids) for samples in groups] == [200] * 96
     assert {samples[0].finish_reason for samples in groups} == {"length"}
-    assert {samples[0].weight_version for samples in groups} == {0}
-    assert {samples[0].weight_version for samples in call(later)} == {1}
+    spans = [samples[0].spans for samples in groups]
+    assert all(span[0][1] == 0 and span[-1][2] == 200 for span in spans), "every token has one"
+    assert [(0, 0, 200)] not in spans[-1:], "the last ones were drawn by both"
+    assert any(len(span) == 2 and span[0][2] == span[1][1] for span in spans)
+    assert {samples[0].spans[0] for samples in call(later)} == {(1, 0, 2)}
 
 
 @pytest.mark.slow

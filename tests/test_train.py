@@ -9,10 +9,10 @@ import torch
 from bar_ray.data.batches import MicroBatch
 from bar_ray.model import experts
 from bar_ray.recipe import Grpo
-from bar_ray.rollout.sampler import Trajectory
+from bar_ray.rollout.records import Trajectory
 from bar_ray.stages import rlvr
 from bar_ray.train import grpo
-from bar_ray.train.loss import language_model_loss, router_z, token_logprobs
+from bar_ray.train.loss import entropy, language_model_loss, router_z, token_logprobs
 from bar_ray.train.schedule import rate
 
 
@@ -82,16 +82,36 @@ def test_advantages() -> None:
     assert grpo.advantages([1, 1, 1], "standardised") == [0, 0, 0]
 
 
-def policy(current: float, old: float, engine: float, advantage: float) -> grpo.PolicyTokens:
-    log = [torch.tensor([math.log(p)]) for p in (current, old, engine)]
-    return grpo.PolicyTokens(log[0].requires_grad_(), log[1], log[2], torch.tensor([advantage]))
+def policy(
+    current: list[float],
+    old: list[float],
+    engine: list[float],
+    advantage: list[float],
+    reference: list[float] | None = None,
+    sequence: list[int] | None = None,
+) -> grpo.PolicyTokens:
+    """Tokens of the given probabilities, of one completion each, that weigh alike."""
+    log = [torch.tensor(p, dtype=torch.float64).log() for p in (current, old, engine)]
+    num = len(current)
+    return grpo.PolicyTokens(
+        log[0].requires_grad_(),
+        *log[1:],
+        torch.tensor(advantage, dtype=torch.float64),
+        torch.full((num,), 1 / num, dtype=torch.float64),
+        torch.tensor(sequence or list(range(num))),
+        None if reference is None else torch.tensor(reference, dtype=torch.float64).log(),
+    )
+
+
+def value(loss: torch.Tensor) -> float:
+    return float(loss.detach())
 
 
 def test_policy_loss_by_hand() -> None:
-    loss, numbers = grpo.policy_loss(policy(0.6, 0.5, 0.4, 1.0), Grpo(), 1)
-    assert float(loss) == pytest.approx(-(1.2 * 1.25))
-    assert numbers["importance"] == pytest.approx(1.25)
-    assert numbers["gap"] == pytest.approx(math.log(0.5 / 0.4))
+    loss, about = grpo.policy_loss(policy([0.6], [0.5], [0.4], [1.0]), Grpo())
+    assert value(loss) == pytest.approx(-(1.2 * 1.25))
+    assert float(about["importance"]) == pytest.approx(1.25)
+    assert float(about["ratio"]) == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize(
@@ -101,20 +121,76 @@ def test_policy_loss_by_hand() -> None:
 def test_clipping_stops_the_gradient_only_outward(
     current: float, advantage: float, moves: bool
 ) -> None:
-    tokens = policy(current, 0.5, 0.5, advantage)
-    grpo.policy_loss(tokens, Grpo(), 1)[0].backward()
+    tokens = policy([current], [0.5], [0.5], [advantage])
+    loss, about = grpo.policy_loss(tokens, Grpo())
+    loss.backward()
     assert bool(tokens.current.grad.abs() > 0) is moves
+    assert bool(grpo.is_clipped(about["ratio"], tokens.advantage, Grpo())) is not moves
 
 
 def test_importance_is_capped() -> None:
-    loss, numbers = grpo.policy_loss(policy(0.5, 0.5, 0.05, 1.0), Grpo(tis_cap=2.0), 1)
-    assert float(loss) == pytest.approx(-2.0) and numbers["importance_capped"] == 1.0
-    uncapped, _ = grpo.policy_loss(policy(0.5, 0.5, 0.05, 1.0), Grpo(tis_cap=0.0), 1)
-    assert float(uncapped) == pytest.approx(-1.0)
+    tokens = policy([0.5], [0.5], [0.05], [1.0])
+    assert value(grpo.policy_loss(tokens, Grpo(tis_cap=2.0))[0]) == pytest.approx(-2.0)
+    assert value(grpo.policy_loss(tokens, Grpo(tis_cap=0.0))[0]) == pytest.approx(-1.0)
+
+
+def test_gspo_has_one_ratio_per_completion() -> None:
+    tokens = policy([0.6, 0.5, 0.9], [0.5, 0.5, 0.5], [0.5] * 3, [1, 1, -1], sequence=[0, 0, 1])
+    loss, about = grpo.policy_loss(tokens, Grpo(objective="gspo", clip_low=1, clip_high=1))
+    first = math.sqrt(0.6 / 0.5)
+    assert about["ratio"].tolist() == pytest.approx([first, first, 1.8])
+    assert value(loss) == pytest.approx(-(2 * first - 1.8) / 3)
+    loss.backward()
+    # d/dlogp of -w (2 s) with s = exp(mean of two differences): each token gets half of it
+    assert tokens.current.grad.tolist() == pytest.approx([-first / 3, -first / 3, 1.8 / 3])
+
+
+def test_cispo_clips_the_weight_and_never_the_gradient() -> None:
+    tokens = policy([0.9, 0.6], [0.5, 0.5], [0.5, 0.5], [1.0, -1.0])
+    grpo.policy_loss(tokens, Grpo(objective="cispo"))[0].backward()
+    assert tokens.current.grad.tolist() == pytest.approx([-1.272 / 2, 1.2 / 2])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected", "gradient"),
+    [
+        ("k1", math.log(2.0), 1.0),
+        ("k2", math.log(2.0) ** 2 / 2, math.log(2.0)),
+        ("k3", 0.5 - 1 + math.log(2.0), 0.5),
+    ],
+)
+def test_kl_estimators(estimator: str, expected: float, gradient: float) -> None:
+    tokens = policy([0.5], [0.5], [0.5], [0.0], reference=[0.25])
+    loss, about = grpo.policy_loss(tokens, Grpo(kl=0.1, kl_estimator=estimator))
+    assert float(about["kl"]) == pytest.approx(expected)
+    assert value(loss) == pytest.approx(0.1 * expected)
+    loss.backward()
+    assert float(tokens.current.grad) == pytest.approx(0.1 * gradient)
+
+
+def test_what_a_token_weighs() -> None:
+    lengths = [1, 3]
+    assert grpo.token_weights(lengths, "tokens", 8) == [1 / 4, 1 / 4]
+    assert grpo.token_weights(lengths, "sequences", 8) == [1 / 2, 1 / 6]
+    assert grpo.token_weights(lengths, "constant", 8) == [1 / 16, 1 / 16]
+
+
+def test_entropy_is_that_of_the_distribution() -> None:
+    logits = torch.randn(9, 40, dtype=torch.float64)
+    p = logits.softmax(-1)
+    assert torch.allclose(entropy(logits, rows=4), -(p * p.log()).sum(-1))
+    assert entropy(logits[:0]).shape == (0,)
+
+
+def test_minibatches_hold_every_trajectory_once() -> None:
+    made = [trajectory([1], [n]) for n in range(7)]
+    for count in (1, 2, 3, 7):
+        parts = rlvr.minibatches(made, count)
+        assert [t for part in parts for t in part] == made and len(parts) <= count
 
 
 def trajectory(prompt: list[int], completion: list[int]) -> Trajectory:
-    return Trajectory("p", prompt, completion, [-1.0] * len(completion), 0.5, 1.0, 0)
+    return Trajectory(prompt, completion, [-1.0] * len(completion), 0.5)
 
 
 def test_trajectories_pack_into_rows_in_the_order_of_their_logprobs(model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from bar_ray import rewards
 from bar_ray.data import chat, formats
 from bar_ray.recipe import Evaluate
 from bar_ray.rollout.batch import BatchEngine
-from bar_ray.rollout.sampler import check
+from bar_ray.rollout.records import check
 from bar_ray.types import UserError, Verdict
 
 BATCH_PROMPTS = 256
@@ -29,6 +29,7 @@ def run(step: Any, run: Any) -> None:
         for category in step.data
         for item in test_items(folder, category, run.locate(step, category), settings.limit)
     ]
+    _require_positions(folder, items, settings)
     completions = generate(step.inputs["model"].artifact.uri, items, settings)
     sandbox = rewards.sandbox_for(run.recipe.sandbox)
     graded = [
@@ -44,6 +45,17 @@ def run(step: Any, run: Any) -> None:
                 file.write(json.dumps(sample(item, completion, verdict)) + "\n")
     shown = "  ".join(f"{name} {value:.1f}" for name, value in scores["scores"].items())
     run.say(step, shown)
+
+
+def _require_positions(folder: str, items: list[dict], settings: Evaluate) -> None:
+    """Refuse tests that the model has no positions for, before an engine is started."""
+    there = json.loads(Path(folder, "config.json").read_text()).get("max_position_embeddings")
+    longest = max(len(item["prompt"]) for item in items)
+    if there and longest + settings.max_tokens > there:
+        raise UserError(
+            f"evaluate.max_tokens is {settings.max_tokens} and the longest prompt has {longest} "
+            f"tokens, but the model has positions for {there}: lower evaluate.max_tokens"
+        )
 
 
 def test_items(folder: str, category: str, uri: str, limit: int) -> list[dict[str, Any]]:

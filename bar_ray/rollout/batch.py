@@ -16,7 +16,7 @@ class BatchEngine:
 
         on_gpu = torch.cuda.is_available()
         folder = local_folder(place)
-        options = EngineOptions(max_model_len=longest + max_tokens + 1, enforce_eager=not on_gpu)
+        options = EngineOptions(max_model_len=longest + max_tokens, enforce_eager=not on_gpu)
         prepare_environment(options)
         from vllm import LLM, SamplingParams
 

@@ -2,18 +2,22 @@
 
 `ray.remote(RolloutEngine)` is the actor. Log-probabilities are those of the distribution sampled
 from (temperature applied, top_p = 1, top_k off), so the learner can form unbiased ratios. Weights
-change between two decoding steps without losing requests; each sample carries the version it
-began under, and the prefix cache is salted with it. vLLM is imported in the constructor only.
+change between two decoding steps without losing requests; each sample says which weights drew
+which of its tokens, and the prefix cache is salted by update. vLLM is imported in the constructor
+only.
 """
 
 import asyncio
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bar_ray.rollout.launch import EngineOptions, launch, local_folder
+import ray
+
+from bar_ray.rollout.launch import EngineOptions, fitted, launch, local_folder
 from bar_ray.rollout.launch import prepare_environment as prepare_environment
 from bar_ray.rollout.weights import Tensors, shared_files
 
@@ -40,12 +44,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, its end token included, and the weight version it began under."""
+    """One completion, its end token included.
+
+    `spans` says which weights drew which tokens: (version, first token, end).
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
-    weight_version: int
+    spans: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -55,14 +62,17 @@ class EngineHealth:
     weight_version: int
     num_unfinished: int
     is_paused: bool
-    process_ids: list[int]
+    process_ids: list[int]  # those it started
+    node_id: str
+    process_id: int  # its own
 
 
 class RolloutEngine:
     """A vLLM engine whose weights follow a learner's."""
 
     def __init__(self, model_path: str, options: EngineOptions) -> None:
-        self.options = options
+        folder = local_folder(model_path)
+        self.options = options = fitted(options, folder)
         self.version = 0
         self._num_updates = 0
         self._request_ids = itertools.count()
@@ -71,7 +81,6 @@ class RolloutEngine:
         self._updating = asyncio.Lock()
         self._half_loaded = False  # normal during an update
         self._failed = False  # an update ended half loaded
-        folder = local_folder(model_path)
         self._llm, self._core, self._processes = launch(folder, options)
 
     async def generate(
@@ -98,10 +107,12 @@ class RolloutEngine:
             flat_logprobs=True,
             detokenize=False,
         )
-        version, output = await self._run(prompt, params)
+        outputs = (await self._run(prompt, params)).outputs
+        while any(o.finish_reason == "abort" for o in outputs):  # by an update that began afresh
+            outputs = (await self._run(prompt, params)).outputs
         return [
-            Sample(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason, version)
-            for o in output.outputs
+            Sample(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason, _spans(o))
+            for o in outputs
         ]
 
     async def logprobs(
@@ -120,11 +131,11 @@ class RolloutEngine:
         runs = await asyncio.gather(*(self._run(sequence, params) for sequence in sequences))
         return [
             _chosen_logprobs(output.prompt_logprobs, sequence, start)
-            for (_, output), sequence, start in zip(runs, sequences, prompt_lengths, strict=True)
+            for output, sequence, start in zip(runs, sequences, prompt_lengths, strict=True)
         ]
 
-    async def _run(self, tokens: list[int], params: Any) -> tuple[int, Any]:
-        """The weight version the request began under, and vLLM's final output."""
+    async def _run(self, tokens: list[int], params: Any) -> Any:
+        """vLLM's final output for one request."""
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
@@ -133,7 +144,6 @@ class RolloutEngine:
         if len(tokens) >= self.options.max_model_len:
             limit = self.options.max_model_len
             raise ValueError(f"{len(tokens)} tokens leave no room in max_model_len {limit}")
-        version = self.version
         params.output_kind = RequestOutputKind.FINAL_ONLY
         prompt = tokens_input(list(tokens), cache_salt=f"update-{self._num_updates}")
         stream = self._llm.generate(prompt, params, str(next(self._request_ids)))
@@ -141,7 +151,7 @@ class RolloutEngine:
             async for output in stream:
                 final = output
         self._require_sound()
-        return version, final
+        return final
 
     async def update_weights(
         self, version: int, source: Tensors | str, fresh: bool = False
@@ -160,6 +170,11 @@ class RolloutEngine:
             finally:
                 if self._half_loaded:
                     await self.abandon_update()
+
+    async def set_version(self, version: int) -> None:
+        """The weights stay and are from now on called `version`."""
+        await self._llm.update_weight_version(str(version))
+        self.version = version
 
     async def start_update(self, fresh: bool = False) -> None:
         """Hold every request where it is and make the layers ready to be loaded.
@@ -243,6 +258,8 @@ class RolloutEngine:
             num_unfinished=self._llm.get_num_unfinished_requests(),
             is_paused=is_paused,
             process_ids=[p.pid for p in self._processes],
+            node_id=ray.get_runtime_context().get_node_id(),
+            process_id=os.getpid(),
         )
 
     async def shutdown(self) -> None:
@@ -256,6 +273,14 @@ class RolloutEngine:
             if process.is_running():
                 process.kill()
         psutil.wait_procs(self._processes, timeout=SHUTDOWN_S)
+
+
+def _spans(output: Any) -> list[tuple[int, int, int]]:
+    """vLLM labels what it draws with the weight version; before the first update, "default"."""
+    return [
+        (int(span.version) if span.version.isdigit() else 0, span.start, span.end)
+        for span in output.weight_versions
+    ]
 
 
 def _chosen_logprobs(flat: Any, tokens: list[int], start: int) -> list[float]:

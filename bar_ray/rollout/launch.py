@@ -4,10 +4,12 @@ Start-up time was measured, not assumed: a 0.7 M parameter FlexOlmo on two idle 
 12 s like this and in 27 s with vLLM's defaults, which then compile for 5 s (24 s the first time).
 """
 
+import json
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bar_ray import storage
@@ -38,6 +40,13 @@ class EngineOptions:
 def local_folder(place: str) -> str:
     """A model's folder on this node: an artifact is fetched, any other folder stands as it is."""
     return storage.fetch(place) if storage.read_manifest(place) else place
+
+
+def fitted(options: EngineOptions, folder: str) -> EngineOptions:
+    """The options with no more positions than the model has: vLLM refuses more."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    longest = config.get("max_position_embeddings", options.max_model_len)
+    return replace(options, max_model_len=min(options.max_model_len, longest))
 
 
 def launch(model_path: str, options: EngineOptions) -> tuple[Any, Any, list[Any]]:

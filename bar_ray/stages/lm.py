@@ -123,15 +123,19 @@ class Worker:
         dtype = getattr(torch, self.stage.dtype)
         model = experts.load(self.model_folder, dtype, self.step.settings.get("top_k", 0))
         self.engine = Engine(model, self.stage, self.num_steps)
+        self.before_resume()
         self.start(self._resume())
         started, first = time.monotonic(), self.engine.step
         while self.engine.step < self.num_steps:
             now = time.monotonic()
             metrics = self.train_step()
+            if metrics is None:
+                break
             self._require_finite(metrics)
             self._log(metrics, time.monotonic() - now, started, first)
-            if self.engine.step % self.stage.run.checkpoint_every == 0:
+            if self.must_checkpoint():
                 self._checkpoint()
+        self.before_output()
         self._finish(time.monotonic() - started)
         return {"steps": self.engine.step}
 
@@ -139,9 +143,23 @@ class Worker:
         """Make the data ready; returns the number of optimizer steps."""
         raise NotImplementedError
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns its numbers, with `tokens` among them."""
+    def train_step(self) -> dict[str, float] | None:
+        """One optimizer step; its numbers with `tokens` among them, None when data has run out."""
         raise NotImplementedError
+
+    def before_resume(self) -> None:
+        """Called when the model is as the stage was given it."""
+
+    def must_checkpoint(self) -> bool:
+        return self.engine.step % self.stage.run.checkpoint_every == 0
+
+    @property
+    def best_step(self) -> int:
+        """The step whose checkpoint must not be dropped; 0 for none."""
+        return 0
+
+    def before_output(self) -> None:
+        """Called when training has ended, before the model is written."""
 
     def start(self, state: dict[str, Any]) -> None:
         """Called with the state of the checkpoint that is continued, {} at the beginning."""
@@ -179,7 +197,7 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             self.engine.save(folder, self.checkpoint_state())
             if self.rank == 0:
-                self.ledger.commit(folder, self.engine.step, {})
+                self.ledger.commit(folder, self.engine.step, {}, keep=self.best_step)
                 self.run.event("checkpoint", self.step, at=self.engine.step)
         ray.train.report({"step": self.engine.step})
 

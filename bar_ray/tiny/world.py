@@ -17,6 +17,7 @@ NUM_PRETRAIN = 14_000
 NUM_MIDTRAIN = 8_000
 NUM_SFT = 4_000
 NUM_RLVR = 1_000
+NUM_HELD_OUT = 40  # scored while RLVR trains; not the tests
 NUM_TEST = 120
 
 
@@ -74,7 +75,9 @@ def write_world(directory: str, seed: int) -> None:
         if domain in (math, code):
             text = many(f"{name}-midtrain", domain.midtrain_row, NUM_MIDTRAIN)
             write_parquet(text, folder / "midtrain.parquet")
-            write_jsonl(checks(f"{name}-rlvr", domain.check, NUM_RLVR), folder / "rlvr.jsonl")
+            tasks = checks(f"{name}-rlvr", domain.check, NUM_RLVR + NUM_HELD_OUT)
+            write_jsonl(tasks[:NUM_RLVR], folder / "rlvr.jsonl")
+            write_jsonl(tasks[NUM_RLVR:], folder / "held_out.jsonl")
             for source in (f"{name}_careful", f"{name}_careless"):
                 rows = [row for row in sft if row["source"] == source]
                 write_jsonl(rows, folder / f"sft_{source.removeprefix(f'{name}_')}.jsonl")

@@ -79,7 +79,8 @@ class Engine:
     ) -> dict[str, float]:
         """Accumulate gradients over micro-batches; `loss` is already divided by global counts.
 
-        Returns the metrics summed over micro-batches and ranks.
+        Returns the metrics summed over micro-batches and ranks; of those ending in "_max", the
+        largest.
         """
         batches, totals = list(batches), {}
         for index, batch in enumerate(batches):
@@ -87,25 +88,34 @@ class Engine:
             value, metrics = loss(batch)
             self.deepspeed.backward(value * self.world)  # DeepSpeed averages over ranks
             for name, number in metrics.items():
-                totals[name] = totals.get(name, 0.0) + number
-        return self._sum_over_ranks(totals)
+                known = totals.get(name, 0.0)
+                totals[name] = max(known, number) if name.endswith("_max") else known + number
+        return self._over_ranks(totals)
 
-    def _sum_over_ranks(self, totals: dict[str, float]) -> dict[str, float]:
+    def _over_ranks(self, totals: dict[str, float]) -> dict[str, float]:
         if self.world == 1:
             return totals
-        names = sorted(totals)
-        values = torch.tensor([totals[n] for n in names], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
+        found = {}
+        for kind in (torch.distributed.ReduceOp.SUM, torch.distributed.ReduceOp.MAX):
+            is_max = kind == torch.distributed.ReduceOp.MAX
+            names = sorted(name for name in totals if name.endswith("_max") == is_max)
+            values = torch.tensor([totals[n] for n in names], dtype=torch.float32)
+            values = values.to(self.device)
+            torch.distributed.all_reduce(values, kind)
+            found.update(zip(names, values.tolist(), strict=True))
+        return found
 
-    def optim_step(self) -> dict[str, float]:
-        """One AdamW step at the scheduled learning rate of each role."""
+    def optim_step(self, last: bool = True) -> dict[str, float]:
+        """One AdamW update at the scheduled learning rate of each role.
+
+        It ends the step, unless more updates are to follow in it (not `last`).
+        """
         now = rate(self.step, self.num_steps, self.stage.schedule, self.stage.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.lr * now * group["scale"]
         norm = self._grad_norm() if self._plain else None
         self.deepspeed.step()
-        self.step += 1
+        self.step += last
         self.updates += 1
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         return {"lr": self.stage.lr * now, "grad_norm": float(norm)}

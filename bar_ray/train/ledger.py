@@ -19,11 +19,12 @@ class Ledger:
             step.storage_uri, "checkpoints", step.verb, step.name, step.fingerprint
         )
 
-    def commit(self, folder: str, step: int, info: dict[str, Any]) -> None:
-        """Publish a checkpoint folder, then drop all but the two newest."""
+    def commit(self, folder: str, step: int, info: dict[str, Any], keep: int = 0) -> None:
+        """Publish a checkpoint folder, then drop all but the two newest and the one at `keep`."""
         storage.commit(folder, self._at(step), {"step": step, **info})
         for old in self.steps()[:-2]:
-            storage.delete(self._at(old))
+            if old != keep:
+                storage.delete(self._at(old))
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first; unfinished uploads are not among them."""

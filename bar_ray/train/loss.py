@@ -21,13 +21,30 @@ def token_logprobs(
     model: PreTrainedModel, batch: MicroBatch, temperature: float = 1.0
 ) -> torch.Tensor:
     """log p(token | tokens before it in its document) at each place with loss, flat, fp32."""
+    return chosen_logprobs(*loss_logits(model, batch, temperature))
+
+
+def loss_logits(
+    model: PreTrainedModel, batch: MicroBatch, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits / temperature [K, V] in fp32 and the token that came [K], at each place with loss."""
     hidden_MSD = model.model(
         input_ids=batch.tokens_MS, position_ids=batch.positions_MS, use_cache=False
     ).last_hidden_state
     wanted_MS = batch.loss_MS[:, 1:].bool()
     logits_KV = model.lm_head(hidden_MSD[:, :-1][wanted_MS]).float() / temperature
-    targets_K = batch.tokens_MS[:, 1:][wanted_MS]
+    return logits_KV, batch.tokens_MS[:, 1:][wanted_MS]
+
+
+def chosen_logprobs(logits_KV: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
     return -F.cross_entropy(logits_KV, targets_K, reduction="none")
+
+
+@torch.no_grad()
+def entropy(logits_KV: torch.Tensor, rows: int = 1024) -> torch.Tensor:
+    """Entropy of each distribution [K], nats; a slice at a time, as probabilities are large."""
+    logs = (part.log_softmax(-1) for part in logits_KV.split(rows))
+    return torch.cat([-(log.exp() * log).sum(-1) for log in logs])
 
 
 def router_z(blocks: Sequence[SplitMoe]) -> torch.Tensor:
