@@ -13,7 +13,7 @@ from bar_ray.tiny import code, math
 from bar_ray.tiny.model import tiny_config, tiny_generation_config
 from bar_ray.tiny.rows import Row
 from bar_ray.tiny.tokenizer import CALL_START, MAX_LENGTH, TURN_END, build_tokenizer
-from bar_ray.tiny.world import NUM_TEST, prompt_key, write_world
+from bar_ray.tiny.world import NUM_HELD_OUT, NUM_TEST, prompt_key, write_world
 
 DOMAINS = ("general", "math", "code", "tool_use", "safety")
 PACKED_LENGTH = 128
@@ -59,7 +59,8 @@ def test_same_seed_writes_the_same_bytes(world: Path, tmp_path: Path) -> None:
 
 def test_every_stage_has_its_file_and_every_row_its_id(world: Path) -> None:
     names = {str(path.relative_to(world)) for path in data_files(world)}
-    staged = ("midtrain.parquet", "rlvr.jsonl", "sft_careful.jsonl", "sft_careless.jsonl")
+    tasks = ("rlvr.jsonl", "held_out.jsonl")
+    staged = ("midtrain.parquet", *tasks, "sft_careful.jsonl", "sft_careless.jsonl")
     rlvr = {f"{domain}/{file}" for domain in ("math", "code") for file in staged}
     plain = {f"{domain}/sft.jsonl" for domain in ("general", "tool_use", "safety")}
     tests = {f"{domain}/test.jsonl" for domain in DOMAINS}
@@ -82,6 +83,15 @@ def test_rows_have_the_shape_of_their_stage(world: Path, domain: str) -> None:
     for row in tests:
         assert [m["role"] for m in row["messages"]] == ["user"]
         assert row["verifier"] == verifier and row["ground_truth"] is not None
+
+
+@pytest.mark.parametrize("domain", ["math", "code"])
+def test_held_out_prompts_are_not_trained_on(world: Path, domain: str) -> None:
+    trained, held_out = (
+        {prompt_key(row) for row in read(world / domain / file)}
+        for file in ("rlvr.jsonl", "held_out.jsonl")
+    )
+    assert len(held_out) == NUM_HELD_OUT and not held_out & trained
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
