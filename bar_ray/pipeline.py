@@ -75,7 +75,7 @@ def publish(graph: Pipeline, recipe: Recipe, scores: dict) -> None:
 def evaluate_folder(recipe: Recipe, uri: str) -> Step:
     """The evaluation of a checkpoint from anywhere."""
     graph = Builder(recipe)
-    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    name = uri.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
     return graph.evaluate(name, graph.imported(name, uri))
 
 
