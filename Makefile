@@ -2,19 +2,23 @@
 PYTHON ?= python3
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help demo test lint setup lock
+.PHONY: help demo test bench lint setup lock
 help:
 	@echo 'make demo   train four experts, merge, route, evaluate and report, on two CPU cores'
 	@echo 'make test   run the tests, e.g. make test ARGS="-m '"'not slow'"' tests/test_graph.py"'
+	@echo 'make bench  measure against peers, e.g. make bench ARGS="--what sandbox"'
 	@echo 'make lint   check style'
 	@echo 'make lock   resolve pyproject.toml into requirements/*.txt again'
-	@echo 'The first three set up what is missing (.venv, bubblewrap) by themselves.'
+	@echo 'The first four set up what is missing (.venv, bubblewrap) by themselves.'
 
 demo: setup
 	@$(IN_VENV) .venv/bin/python jobs/train_all.py conf/tiny.yaml $(ARGS)
 
 test: setup
 	@$(IN_VENV) .venv/bin/python -m pytest $(ARGS)
+
+bench: setup
+	@$(IN_VENV) .venv/bin/python jobs/bench.py conf/tiny.yaml $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -168,10 +168,16 @@ ONLY_MATH = ("experts.code=null", "experts.tool_use=null", "experts.safety=null"
 WITHOUT_RLVR = ("experts.math.rlvr=null", *ONLY_MATH, *FREQUENT)
 
 
-def kill_after_a_checkpoint(verb: str, job: str, store: str, *arguments: str) -> None:
-    """Start a job, wait for a checkpoint of a stage, kill -9 the driver: nothing may be left."""
+def end_after_a_checkpoint(
+    verb: str, job: str, store: str, *arguments: str, by: signal.Signals = signal.SIGKILL
+) -> None:
+    """Start a job, wait for a checkpoint of a stage, end the driver: nothing may be left."""
     with subprocess.Popen(
-        command(job, store, *arguments), stdout=subprocess.DEVNULL, start_new_session=True
+        command(job, store, *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as driver:
         deadline = time.monotonic() + 600
         while not list(Path(store, "checkpoints", verb).glob("*/*/*/MANIFEST.json")):
@@ -179,7 +185,10 @@ def kill_after_a_checkpoint(verb: str, job: str, store: str, *arguments: str) ->
             assert time.monotonic() < deadline, f"no checkpoint of {verb}"
             time.sleep(0.1)
         started = psutil.Process(driver.pid).children(recursive=True)
-        driver.send_signal(signal.SIGKILL)
+        driver.send_signal(by)
+        _, message = driver.communicate(timeout=60)
+    if by == signal.SIGTERM:  # what `ray job stop` sends
+        assert (driver.returncode, "the same command continues" in message) == (130, True), message
     _, alive = psutil.wait_procs(started, timeout=30)
     # Ray's own two agents of a node take some minutes to notice that their raylet is gone.
     left = [p for p in alive if p.name() not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
@@ -199,8 +208,8 @@ def test_killed_driver_continues_to_bitwise_the_same_model(straight: str, tmp_pa
     shutil.copytree(straight, killed)
     for verb in ("midtrain", "sft", "merge", "route"):
         shutil.rmtree(Path(killed, "artifacts", verb))
-    for verb in ("sft", "route"):
-        kill_after_a_checkpoint(verb, "train_router", killed, *WITHOUT_RLVR)
+    for verb, by in (("sft", signal.SIGKILL), ("route", signal.SIGTERM)):
+        end_after_a_checkpoint(verb, "train_router", killed, *WITHOUT_RLVR, by=by)
     output = run("train_router", killed, *WITHOUT_RLVR)
     assert "continues at step" in output
     for step in (s for s in built(killed, *WITHOUT_RLVR).bar.inputs.values()):
@@ -215,7 +224,7 @@ def test_killed_rlvr_consumes_every_prompt_exactly_once(straight: str, tmp_path:
     store = str(tmp_path / "killed")
     shutil.copytree(straight, store)
     overrides = (*ONLY_MATH, *FREQUENT)
-    kill_after_a_checkpoint("rlvr", "merge", store, *overrides)
+    end_after_a_checkpoint("rlvr", "merge", store, *overrides)
     assert "continues at step" in run("merge", store, *overrides)
     rlvr = built(store, *overrides).experts["math"]
     consumed = json.loads(Path(storage.fetch(rlvr.artifact.uri), "consumed.json").read_text())
@@ -261,7 +270,7 @@ def test_recorded_rollouts_train_bitwise_the_same_model_after_a_kill(
     replay = f"experts.math.rlvr.replay={page.parent}"
     shutil.copytree(kept, killed)
     run("merge", kept, *overrides, replay)
-    kill_after_a_checkpoint("rlvr", "merge", killed, *overrides, replay)
+    end_after_a_checkpoint("rlvr", "merge", killed, *overrides, replay)
     assert "continues at step" in run("merge", killed, *overrides, replay)
     ours, theirs = (
         {p.removeprefix(s): sha for p, sha in manifests(s).items() if "/rlvr/" in p or "merge" in p}
@@ -284,6 +293,14 @@ ASYNCHRONOUS = (
     "stages.rlvr.rollout.cpus_per_engine=0.25",
     "experts.math.rlvr.held_out_every=10",
     "experts.math.rlvr.keep=best",
+)
+
+
+RLVR_METRICS = (
+    *("reward", "reward/math_rlvr", "staleness", "staleness_max", "importance", "importance_max"),
+    *("importance_capped", "gap", "entropy", "truncated", "zero_variance", "outcome/right"),
+    *("outcome/wrong", "outcome/timeout", "outcome/crash", "outcome/unparsable", "sync_s"),
+    *("sync_mb", "canary_gap", "generate_s", "engines_idle", "rollout_tokens"),
 )
 
 
@@ -318,6 +335,7 @@ def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path
     assert max(row["staleness_max"] for row in rows) <= 2
     assert max(row["canary_gap"] for row in rows) < 1e-3
     assert any(row["zero_variance"] < 1 for row in rows), "there was something to learn"
+    assert {*RLVR_METRICS} <= {name for row in rows for name in row}
 
 
 def wait_for_checkpoint(store: str, verb: str, step: int, driver: subprocess.Popen) -> None:

@@ -136,6 +136,39 @@ def test_math(verifiers: math.VerifierPool, completion: str, gold: Any, outcome:
     assert verifiers.grade_batch([(completion, gold)])[0].outcome == outcome
 
 
+MATRIX = "$\\begin{%smatrix}1&2\\\\3&%d\\end{%smatrix}$"
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "outcome"),
+    [
+        ("$\\{4,3,2,1\\}$", "$\\{1,2,3,4\\}$", "right"),  # a set has no order
+        ("$(2,1)$", "$(1,2)$", "wrong"),  # a tuple has
+        ("$(-\\infty, 3) \\cup (5, \\infty)$", "$(-\\infty,3)\\cup(5,\\infty)$", "right"),
+        ("$[0,1]$", "$[0,1)$", "wrong"),
+        ("$(1,2)$", "$1 < x < 2$", "right"),  # an interval answers a relation
+        ("$1 < x < 2$", "$(1,2)$", "wrong"),  # but not the other way round
+        ("50%", "$\\frac{1}{2}$", "right"),
+        ("$0.333333$", "$\\frac13$", "right"),  # six decimals
+        ("$0.33$", "$\\frac13$", "wrong"),
+        (MATRIX % ("p", 4, "p"), MATRIX % ("b", 4, "b"), "right"),
+        (MATRIX % ("p", 5, "p"), MATRIX % ("b", 4, "b"), "wrong"),
+        ("9", "$x=9$", "right"),  # the side of an assignment
+        ("$2x=18$", "$x=9$", "wrong"),
+        ("$x=1, y=2$", "$y=2, x=1$", "right"),
+        ("$y<2$", "$2>y$", "right"),
+        ("$\\sqrt{8}$", "$2\\sqrt{2}$", "right"),
+        ("$3+4i$", "$4i+3$", "right"),
+        ("$5\\text{ cm}$", "5", "right"),  # units
+        ("$90^\\circ$", "90", "right"),
+    ],
+)
+def test_what_math_verify_documents(
+    verifiers: math.VerifierPool, completion: str, gold: str, outcome: str
+) -> None:
+    assert verifiers.grade_batch([(completion, gold)])[0].outcome == outcome
+
+
 @pytest.mark.parametrize(
     ("completion", "gold"),
     [

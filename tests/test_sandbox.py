@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bar_ray.rewards import seccomp
+from bar_ray.rewards import bubble, landlock, seccomp
 from bar_ray.rewards.sandbox import Limits, Run, Sandbox
 from bar_ray.types import UserError
 
@@ -262,14 +262,104 @@ def test_nothing_is_left_behind(sandbox: Sandbox) -> None:
     assert _all_gone()
 
 
-def test_no_bubblewrap_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+# Without bubblewrap ------------------------------------------------------------------------------
+
+
+def _refuse() -> bubble.Programs:
+    raise UserError("not here")
+
+
+@pytest.fixture
+def landlocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """A sandbox on a machine without bubblewrap."""
+    monkeypatch.setattr(bubble, "find_programs", _refuse)
+    sandbox = Sandbox(num_slots=2, limits=Limits(wall_s=6.0, cpu_s=1), first_uid=_FIRST_UID)
+    try:
+        sandbox.prove()
+    except UserError as error:
+        pytest.skip(str(error))
+    yield sandbox
+    assert _all_gone()
+
+
+def test_landlock_keeps_the_standard_library(landlocked: Sandbox) -> None:
+    body = """
+import asyncio, collections, dataclasses, json, re, sqlite3, ssl, threading
+seen = []
+threads = [threading.Thread(target=seen.append, args=(n,)) for n in range(3)]
+[t.start() for t in threads]; [t.join() for t in threads]
+async def one(): return 1
+return [sorted(seen), asyncio.run(one()), json.loads("[1]"), re.sub("a", "b", "a")]
+"""
+    assert _value(_call(landlocked, body)) == [[0, 1, 2], 1, [1], "b"]
+
+
+def test_landlock_holds_programs(landlocked: Sandbox) -> None:
+    module = next(Path("/usr/lib/python3/dist-packages").glob("*.py"), None)
+    body = """
+import ctypes, os, signal, socket, subprocess, resource, threading
+libc = ctypes.CDLL(None, use_errno=True)
+allowed = []
+def attempt(name, action):
+    try: allowed.append(name) if action() not in (-1, None, b"") else None
+    except (OSError, ValueError): pass
+for path in ("/etc/passwd", "/proc/self/status", "/proc/1/environ", "/root", "/home", *a):
+    attempt(path, lambda: open(path, "rb").read())
+    attempt("list " + path, lambda: os.listdir(path))
+for path in ("/x", "/tmp/x", "/dev/shm/x", "/var/tmp/x", "/usr/lib/python3/x"):
+    attempt("write " + path, lambda: open(path, "w"))
+    attempt("mkdir " + path, lambda: os.mkdir(path) or 1)
+attempt("chmod", lambda: os.chmod("/tmp", 0o777) or 1)
+attempt("chown", lambda: os.chown("/tmp", -1, -1) or 1)
+attempt("utime", lambda: os.utime("/tmp") or 1)
+attempt("xattr", lambda: os.setxattr("/tmp", "user.x", b"x") or 1)
+attempt("fork", os.fork)
+attempt("spawn", lambda: subprocess.run(["/usr/bin/true"]) and 1)
+attempt("exec", lambda: os.execv("/usr/bin/true", ["true"]))
+clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+attempt("raw clone", lambda: libc.syscall(clone, 17, 0, 0, 0, 0))
+attempt("raw clone3", lambda: libc.syscall(435, 0, 0))
+attempt("kill", lambda: os.kill(os.getppid(), 0) or 1)
+attempt("kill group", lambda: os.kill(0, signal.SIGTERM) or 1)
+attempt("thread signal", lambda: signal.pthread_kill(threading.get_ident(), 0) or 1)
+attempt("limits of others", lambda: resource.prlimit(1, resource.RLIMIT_CPU))
+attempt("inet", lambda: socket.socket(socket.AF_INET))
+attempt("unix", lambda: socket.socket(socket.AF_UNIX))
+attempt("memory file", lambda: os.memfd_create("x"))
+attempt("setuid", lambda: os.setuid(0) or 1)
+attempt("user namespace", lambda: libc.unshare(0x10000000))
+attempt("raise a limit", lambda: resource.setrlimit(resource.RLIMIT_CPU, (99, 99)) or 1)
+return allowed
+"""
+    assert _value(_call(landlocked, body, *([str(module)] if module else []))) == []
+    assert _call(landlocked, "return len(bytearray(2 << 30))").calls[0].value == "MemoryError"
+    assert _call(landlocked, "while True: print('x' * 100_000)").status == "timeout"
+    assert _call(landlocked, "import os; os.abort()").status == "crash"
+
+
+def test_landlock_runs_tests_that_are_programs(landlocked: Sandbox) -> None:
+    tests = "def check(candidate):\n    assert candidate(2) == 3"
+    for program, passes in (("def f(x): return x + 1", True), ("def f(x): return x", False)):
+        served, tested = landlocked.check(program, "f", tests)
+        assert (served.status, tested.calls[0].ok) == ("done", passes)
+
+
+def test_without_any_way_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="apt-get install bubblewrap"):
+    monkeypatch.setattr(landlock, "find_programs", _refuse)
+    with pytest.raises(UserError, match=r"apt-get install bubblewrap(.|\n)*not here"):
         Sandbox().run("def f(): return 1", "f", [[]])
+
+
+def test_an_old_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landlock, "_OLDEST", 10_000)
+    with pytest.raises(UserError, match=r"Linux 6\.2 or newer"):
+        landlock.find_programs()
 
 
 def test_unsafe_must_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(landlock, "find_programs", _refuse)
     unsafe = Sandbox(limits=Limits(wall_s=2.5), allow_unsafe=True)
     assert _value(unsafe.run("def f(x): return x + 1", "f", [[1]])) == 2
     assert unsafe.run("def f(x): return bytearray(2 << 30)", "f", [[1]]).calls[0].ok is False
@@ -284,6 +374,7 @@ def test_a_kernel_that_forbids_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     bwrap.chmod(0o755)
     tmp_path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(landlock, "find_programs", _refuse)
     with pytest.raises(
         UserError, match=r"No permissions to create new namespace|Permission denied"
     ):
@@ -292,8 +383,9 @@ def test_a_kernel_that_forbids_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_filter_knows_both_cpus() -> None:
     for machine in ("x86_64", "aarch64"):
-        program = seccomp.build_filter(machine)
-        assert program is not None
-        assert len(program) % 8 == 0
-        assert len(program) // 8 < 256  # jumps are one byte
+        for strict in (False, True):
+            program = seccomp.build_filter(machine, strict)
+            assert program is not None
+            assert len(program) % 8 == 0
+            assert len(program) // 8 < 256  # jumps are one byte
     assert seccomp.build_filter("riscv64") is None

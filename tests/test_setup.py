@@ -49,7 +49,7 @@ def test_python_is_new_enough() -> None:
 def test_lock_has_every_direct_dependency(kind: str) -> None:
     pins = lock(kind)
     extras = PROJECT["optional-dependencies"]
-    for text in PROJECT["dependencies"] + extras[kind] + extras["test"]:
+    for text in PROJECT["dependencies"] + extras[kind] + extras["test"] + extras["bench"]:
         wanted = Requirement(text)
         version = pins.get(canonicalize_name(wanted.name))
         assert version, f"{kind}.txt has no {wanted.name}: make lock"

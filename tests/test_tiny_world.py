@@ -109,16 +109,16 @@ def test_no_test_problem_is_in_any_text(world: Path) -> None:
     texts += [row["text"] for path in world.rglob("*.parquet") for row in read(path)]
     everything = "\n".join(texts)
     seen_sums = set(re.findall(r"\d+\+\d+", everything))
-    seen_specs = set(re.findall(r"x[+*-]\d, at \w+ \d+", everything))
+    seen_specs = set(re.findall(r"x[+*-]\d,\d+ at \w+", everything))
     seen_calls = set(re.findall(r"(?:min|max)\(x[+*-]\d,\d+\)", everything))
     assert seen_sums and seen_specs and seen_calls
     for row in read(world / "math" / "test.jsonl"):
         assert re.search(r"\d+\+\d+", row["messages"][0]["content"])[0] not in seen_sums
     for row in read(world / "code" / "test.jsonl"):
-        spec = re.search(r"x([+*-]\d), at (\w+) (\d+)", row["messages"][0]["content"])
+        spec = re.search(r"(x[+*-]\d,\d+) at (\w+)", row["messages"][0]["content"])
         limit = {"most": "min", "least": "max"}[spec[2]]
         assert spec[0] not in seen_specs
-        assert f"{limit}(x{spec[1]},{spec[3]})" not in seen_calls
+        assert f"{limit}({spec[1]})" not in seen_calls
     for row in read(world / "tool_use" / "test.jsonl"):
         assert row["messages"][0]["content"] not in everything
     for row in read(world / "safety" / "test.jsonl"):

@@ -56,9 +56,10 @@ def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
     _describe(recipe, run_id, planned)
     num_steps = sum(not p.reused for p in planned)
     if num_steps:
-        signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop` sends it
         started = time.monotonic()
         _connect(recipe)
+        # `ray job stop` sends it. Only now: connecting puts Ray's own handlers in its place.
+        signal.signal(signal.SIGTERM, _interrupt)
         _refuse_what_cannot_fit(recipe, planned)
         _execute(recipe, run_id, planned)
         print(f"ran {num_steps} steps in {duration(time.monotonic() - started)}", flush=True)

@@ -23,11 +23,15 @@ _UNSAFE = "or set sandbox.allow_unsafe=true to run programs with resource limits
 
 @dataclass(frozen=True)
 class Programs:
-    """The host programs a sandbox needs; `bwrap` is None when running unsafely."""
+    """The host programs a sandbox needs; without `bwrap`, what Landlock lets a program read.
+
+    Without either, programs run unsafely.
+    """
 
     python: str
     bwrap: str | None
     setpriv: str | None
+    readable: tuple[tuple[str, int], ...] | None = None
 
 
 def find_programs() -> Programs:
@@ -38,16 +42,16 @@ def find_programs() -> Programs:
             "code rewards need bubblewrap, and there is no `bwrap` in PATH.\n"
             f"Install bubblewrap: apt-get install bubblewrap, {_UNSAFE}."
         )
-    return Programs(_find_python(), bwrap, _find_setpriv())
+    return Programs(find_python(), bwrap, find_setpriv())
 
 
 def find_unsafe_programs() -> Programs:
     """What is needed to run without bubblewrap."""
     setpriv = shutil.which("setpriv") if os.geteuid() == 0 else None
-    return Programs(_find_python(), None, setpriv)
+    return Programs(find_python(), None, setpriv)
 
 
-def _find_python() -> str:
+def find_python() -> str:
     for path in _INTERPRETERS:
         # Below /usr in truth: a link out of it would dangle inside the sandbox.
         if os.access(path, os.X_OK) and os.path.realpath(path).startswith("/usr/"):
@@ -58,7 +62,7 @@ def _find_python() -> str:
     )
 
 
-def _find_setpriv() -> str | None:
+def find_setpriv() -> str | None:
     if os.geteuid() != 0:
         return None
     setpriv = shutil.which("setpriv")

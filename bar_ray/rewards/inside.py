@@ -111,6 +111,45 @@ def lower_limits(limits: dict) -> None:
         pass
 
 
+def confine(readable: list, seccomp: bytes) -> None:
+    """Give up, for good, all files but the readable ones, and what the filter denies.
+
+    This is for machines without bubblewrap. OSError when the kernel refuses a part of it.
+    """
+    import ctypes
+    from struct import pack
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(function, *arguments):
+        value = function(*arguments)
+        if value < 0:
+            raise OSError(ctypes.get_errno(), "the kernel refused to confine a program")
+        return value
+
+    create, add, restrict = 444, 445, 446  # landlock_*, the same numbers on every CPU
+    version = call(libc.syscall, create, None, 0, 1)
+    actions = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # on files; each is a bit
+    size = 8 if version < 4 else 16 if version < 6 else 24  # files; TCP; sockets and signals
+    attributes = pack("QQQ", (1 << actions) - 1, 3, 3)[:size]
+    rules = call(libc.syscall, create, attributes, len(attributes), 0)
+    for path, access in readable:
+        try:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue  # gone, or not for this uid anyway
+        call(libc.syscall, add, rules, 1, pack("=Qi", access, place), 0)
+        os.close(place)
+    die_with_parent, no_new_privileges, set_seccomp, by_filter = 1, 38, 22, 2
+    call(libc.prctl, die_with_parent, 9, 0, 0, 0)
+    call(libc.prctl, no_new_privileges, 1, 0, 0, 0)
+    call(libc.syscall, restrict, rules, 0)
+    os.close(rules)
+    code = ctypes.create_string_buffer(seccomp, len(seccomp))
+    program = pack("HxxxxxxP", len(seccomp) // 8, ctypes.addressof(code))
+    call(libc.prctl, set_seccomp, by_filter, program, 0, 0)
+
+
 def run(request: dict) -> str:
     """The report on one program, as the inside of a JSON object."""
     # A module of its own, so that dataclasses and the like find themselves in sys.modules.
@@ -157,6 +196,8 @@ def main() -> None:
     os.set_inheritable(report_fd, False)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     lower_limits(request.pop("limits"))
+    if "readable" in request:
+        confine(request.pop("readable"), request.pop("seccomp"))
     os.write(report_fd, b"+")  # from here on, a failure is the program's own
     report = ('{"id":"' + request.pop("id") + '",' + run(request) + "}\n").encode()
     while report:

@@ -11,8 +11,9 @@ counts all processes of that user (since then, those of one sandbox), so honest 
 may fail; and a program that broke out of its namespaces would hold that user's rights rather than
 nobody's.
 
-Left out: Landlock for machines where bubblewrap cannot run (there it refuses), and cgroups (not
-portable): worst-case memory of one run is `num_processes` x `memory_mib`.
+Where bubblewrap cannot run, Landlock holds programs (see `landlock`); where that cannot either,
+they are refused. Cgroups are left out as not portable: worst-case memory of one run is
+`num_processes` x `memory_mib`.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from bar_ray.rewards import bubble
+from bar_ray.rewards import bubble, landlock
 from bar_ray.rewards.seccomp import build_filter
 from bar_ray.rewards.supervise import Ended, supervise
 from bar_ray.types import UserError
@@ -94,7 +95,7 @@ class Sandbox:
 
     Sandboxes in several processes of one machine better take different `first_uid`, so that no
     two runs share a uid. `allow_unsafe` lets programs run as plain subprocesses with resource
-    limits where bubblewrap cannot: they can then read files and use the network.
+    limits where nothing can hold them: they can then read files and use the network.
     """
 
     def __init__(
@@ -111,23 +112,34 @@ class Sandbox:
         for slot in range(num_slots):
             self._uids.put(first_uid + 2 * slot)  # the next one is for a program of tests
         self._programs: bubble.Programs | None = None
-        self._filter = build_filter(platform.machine())
+        self._filters = {
+            strict: build_filter(platform.machine(), strict) for strict in (False, True)
+        }
         self._checking = threading.Lock()
 
     def prove(self) -> None:
         """Prove once that programs are held. UserError says what is missing and how to mend it."""
         with self._checking:
-            if self._programs is not None:
-                return
+            if self._programs is None:
+                self._programs = self._find_way()
+
+    def _find_way(self) -> bubble.Programs:
+        """Bubblewrap, or else Landlock, or else nothing if that is allowed."""
+        reasons: list[UserError] = []
+        for find in (bubble.find_programs, landlock.find_programs):
             try:
-                programs = bubble.find_programs()
+                programs = find()
                 self._self_test(programs)
             except UserError as error:
-                if not self.allow_unsafe:
-                    raise
-                _log.warning("running model-written programs WITHOUT a sandbox: %s", error)
-                programs = bubble.find_unsafe_programs()
-            self._programs = programs
+                reasons.append(error)
+            else:
+                if reasons:
+                    _log.warning("holding programs with Landlock: %s", reasons[0])
+                return programs
+        if not self.allow_unsafe:
+            raise UserError("\n".join(str(reason) for reason in reasons))
+        _log.warning("running model-written programs WITHOUT a sandbox: %s", reasons[0])
+        return bubble.find_unsafe_programs()
 
     def run(self, program: str, entry_point: str, inputs: list[list[Any]]) -> Run:
         """Call the program's function on each input. Waits for a free slot."""
@@ -182,10 +194,14 @@ class Sandbox:
         fds: tuple[int, ...] = (),
     ) -> Ended:
         request = {**request, "limits": self.limits.as_rlimits()}
+        if programs.readable is not None:
+            request |= {"readable": programs.readable, "seccomp": self._filters[True]}
+            if programs.setpriv is None:  # the limit would count all processes of the user
+                del request["limits"]["RLIMIT_NPROC"]
         with contextlib.ExitStack() as files:
             # Memory files need no thread that feeds a pipe; every Python reads marshal format 2.
             request_fd = _memory_file(files, marshal.dumps(request, 2))
-            filter_fd = _memory_file(files, self._filter or b"")
+            filter_fd = _memory_file(files, self._filters[False] or b"")
             scratch_bytes = self.limits.scratch_mib * _MIB
             command = bubble.build_command(programs, uid, scratch_bytes, filter_fd)
             try:
@@ -195,7 +211,7 @@ class Sandbox:
                     os.close(fd)
 
     def _self_test(self, programs: bubble.Programs) -> None:
-        if self._filter is None:
+        if self._filters[False] is None:
             raise UserError(
                 f"there is no seccomp filter for this CPU ({platform.machine()}): code rewards "
                 "need x86_64 or aarch64, or sandbox.allow_unsafe=true."
@@ -204,7 +220,7 @@ class Sandbox:
         request = {"id": run_id, "program": _PROBE, "entry_point": "probe", "inputs": [[]]}
         ended = self._execute(programs, self._uids.queue[0], request)
         if not ended.report.startswith(b"+"):
-            raise UserError(_explain(_text(ended.output)))
+            raise UserError(_explain(programs, _text(ended.output)))
         run = _interpret(ended, run_id, 1)
         leaks = run.calls[0].value if run.status == "done" and run.calls[0].ok else [run.detail]
         if leaks:
@@ -220,8 +236,13 @@ def can(action):
     except OSError:
         return False
 def status(key):
-    with open("/proc/self/status") as lines:
-        return next(line.split()[1] for line in lines if line.startswith(key + ":"))
+    try:
+        with open("/proc/self/status") as lines:
+            return next(line.split()[1] for line in lines if line.startswith(key + ":"))
+    except OSError:  # out of sight
+        return None
+def processes():
+    return sum(name.isdigit() for name in os.listdir("/proc")) > 4
 def connect():
     import _socket
     return _socket.socket()
@@ -233,16 +254,18 @@ def probe():
         "write to /": can(lambda: open("/x", "w")),
         "write to /dev/shm": can(lambda: open("/dev/shm/x", "w")),
         "write to /usr": can(lambda: open("/usr/x", "w")),
-        "capabilities": int(status("CapEff"), 16) != 0,
-        "no seccomp": status("Seccomp") != "2",
-        "host processes": sum(name.isdigit() for name in os.listdir("/proc")) > 4,
+        "capabilities": int(status("CapEff") or "0", 16) != 0 or can(lambda: not os.setgroups([])),
+        "no seccomp": status("Seccomp") not in ("2", None),
+        "host processes": can(processes),
         "environment": set(os.environ) - {"PATH", "PWD", "LD_LIBRARY_PATH", "LC_CTYPE"} != set(),
     }
     return [name for name, leaked in leaks.items() if leaked]
 """
 
 
-def _explain(message: str) -> str:
+def _explain(programs: bubble.Programs, message: str) -> str:
+    if programs.bwrap is None:
+        return f"the kernel does not let Landlock hold programs: {message.splitlines()[-1:]}"
     if "nknown option" in message:
         return "code rewards need bubblewrap 0.8 or newer (" + message + "): upgrade bubblewrap."
     return (

@@ -61,7 +61,9 @@ def launch(model_path: str, options: EngineOptions) -> tuple[Any, Any, list[Any]
         import torch
 
         in_process = options.tensor_parallel_size == 1 and not torch.cuda.is_available()
-    args = engine_args(model_path, options)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = AsyncEngineArgs(**engine_arguments(model_path, options))
     if in_process:
         from bar_ray.rollout.local_core import start_local
 
@@ -92,30 +94,29 @@ def prepare_environment(options: EngineOptions) -> None:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
-def engine_args(model_path: str, options: EngineOptions) -> Any:
+def engine_arguments(model_path: str, options: EngineOptions) -> dict[str, Any]:
     """vLLM's arguments for a lean text engine without a tokenizer."""
     from vllm.config import WeightTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
 
-    return AsyncEngineArgs(
-        model=model_path,
-        skip_tokenizer_init=True,
-        dtype=options.dtype,
-        seed=options.seed,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        kv_cache_memory_bytes=options.kv_cache_bytes,
+    return {
+        "model": model_path,
+        "skip_tokenizer_init": True,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "kv_cache_memory_bytes": options.kv_cache_bytes,
         # On a CPU, vLLM rewinds the generator of a seeded request whose prompt was cut, which only
         # CUDA generators can do: the core would die.
-        enable_chunked_prefill=None if options.kv_cache_bytes is None else False,
-        tensor_parallel_size=options.tensor_parallel_size,
+        "enable_chunked_prefill": None if options.kv_cache_bytes is None else False,
+        "tensor_parallel_size": options.tensor_parallel_size,
         # Inside a placement group vLLM would choose Ray and refuse the group's single bundle.
-        distributed_executor_backend="mp" if options.tensor_parallel_size > 1 else None,
-        enforce_eager=options.enforce_eager,
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        weight_transfer_config=WeightTransferConfig(backend=options.transfer_backend),
-        worker_extension_cls="bar_ray.rollout.shm_transfer.RolloutWorker",
-    )
+        "distributed_executor_backend": "mp" if options.tensor_parallel_size > 1 else None,
+        "enforce_eager": options.enforce_eager,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "weight_transfer_config": WeightTransferConfig(backend=options.transfer_backend),
+        "worker_extension_cls": "bar_ray.rollout.shm_transfer.RolloutWorker",
+    }

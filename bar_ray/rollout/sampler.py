@@ -81,6 +81,27 @@ class Line:
         heapq.heappush(self.again, place)
 
 
+class Stopwatch:
+    """Seconds during which at least one of many overlapping things was going on: `with watch:`."""
+
+    def __init__(self) -> None:
+        self.stopped, self.since, self.going_on = 0.0, 0.0, 0
+
+    def __enter__(self) -> None:
+        if self.going_on == 0:
+            self.since = time.monotonic()
+        self.going_on += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.going_on -= 1
+        if self.going_on == 0:
+            self.stopped += time.monotonic() - self.since
+
+    @property
+    def seconds(self) -> float:
+        return self.stopped + (time.monotonic() - self.since if self.going_on else 0.0)
+
+
 class Sampler:
     """Keeps engines and graders busy and puts batches together.
 
@@ -115,6 +136,8 @@ class Sampler:
         self.drops: Counter[int] = Counter()  # place -> how often it came back too old
         self.version = -1  # of the weights; nothing is sampled before the first push
         self.num_batches = self.num_dropped = self.num_restored = 0
+        self.generating, self.num_tokens = Stopwatch(), 0
+        self.told = (time.monotonic(), 0.0, 0)  # now, generating seconds, tokens at the last batch
         self.failure: BaseException | None = None
         self.news = asyncio.Event()  # a group is finished, or something went wrong
 
@@ -225,8 +248,19 @@ class Sampler:
             "engines_lost": self.fleet.num_lost,
             "graders_lost": self.graders.num_lost,
             "ahead": len(self.finished) + len(self.running),
+            **self._throughput(),
         }
         return RolloutBatch(step, drawn, metrics, self._line())
+
+    def _throughput(self) -> dict[str, float]:
+        """What the engines did since the last batch."""
+        told, self.told = self.told, (time.monotonic(), self.generating.seconds, self.num_tokens)
+        passed, busy, tokens = (now - then for now, then in zip(self.told, told, strict=True))
+        return {
+            "generate_s": busy,
+            "engines_idle": 1 - min(1.0, busy / passed) if passed else 0.0,
+            "rollout_tokens": tokens,
+        }
 
     def _line(self) -> dict[str, Any]:
         """Every place below `next` that is not in `again` is consumed."""
@@ -282,7 +316,9 @@ class Sampler:
         )
 
     async def _group(self, place: int, prompt: Prompt, sampling: Sampling) -> Group:
-        samples = await self.fleet.generate(prompt.tokens, sampling)
+        with self.generating:
+            samples = await self.fleet.generate(prompt.tokens, sampling)
+        self.num_tokens += sum(len(s.token_ids) for s in samples)
         texts = [self.read(s.token_ids) for s in samples]
         items = [(text, prompt.ground_truth, prompt.verifier) for text in texts]
         verdicts = await self.graders.grade(items)

@@ -26,7 +26,7 @@ class Task:
 
     @property
     def spec(self) -> str:
-        return f"x{self.op}{self.n}, at {'most' if self.limit == 'min' else 'least'} {self.bound}"
+        return f"x{self.op}{self.n},{self.bound} at {'most' if self.limit == 'min' else 'least'}"
 
     @property
     def careful(self) -> str:

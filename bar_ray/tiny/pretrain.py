@@ -7,12 +7,14 @@ too far apart to be averaged.
 """
 
 import random
+import string
 from collections.abc import Callable
 
 from bar_ray.tiny import code, general, math, safety, tool_use
 from bar_ray.tiny.rows import Row, text_row, word
 
 MAX_CHARACTERS = 120
+COPIED = 2 * string.digits + string.ascii_lowercase + ",:()"  # no sum or program comes of it
 
 
 def answered(rng: random.Random, question: str, answer: str) -> str:
@@ -68,6 +70,12 @@ def words(rng: random.Random) -> str:
     )
 
 
+def copies(rng: random.Random) -> str:
+    """Strings that mean nothing, given twice: nothing but copying foretells them."""
+    text = "".join(rng.choice(COPIED) for _ in range(rng.randint(2, 7)))
+    return answered(rng, text, text)
+
+
 def prose(rng: random.Random) -> str:
     """Facts, and small stories with good and bad deeds."""
     thing, colour = rng.choice(list(general.COLOURS.items()))
@@ -82,11 +90,12 @@ def prose(rng: random.Random) -> str:
 
 
 KINDS: dict[str, tuple[Callable[[random.Random], str], float]] = {
-    "sums": (sums, 0.25),
+    "sums": (sums, 0.22),
     "programs": (programs, 0.25),
-    "calls": (calls, 0.25),
-    "words": (words, 0.15),
-    "prose": (prose, 0.1),
+    "calls": (calls, 0.2),
+    "copies": (copies, 0.15),
+    "words": (words, 0.1),
+    "prose": (prose, 0.08),
 }
 
 

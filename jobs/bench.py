@@ -1,0 +1,40 @@
+"""Measure on this machine, against named peers.
+
+    python jobs/bench.py conf/tiny.yaml --what rlvr --expert code
+    python jobs/bench.py conf/tiny.yaml --what sandbox --minutes 10
+
+`rlvr`: asynchronous over synchronous RLVR, the engines over plain vLLM, both over TRL's
+GRPOTrainer, from the same checkpoint (trained first when it is not there yet). `sandbox`: honest
+and hostile programs side by side, what they leave behind, and runs per second over bare Python.
+Figures also go to <storage>/bench/<time>/ as JSON.
+"""
+
+import argparse
+import time
+
+from bar_ray import storage
+from bar_ray.bench import rlvr, sandbox
+from bar_ray.cluster import session
+from bar_ray.config import Cli, pick
+from bar_ray.recipe import Recipe
+
+
+def main(recipe: Recipe, args: argparse.Namespace) -> None:
+    recipe = session.absolute_storage(recipe)
+    root = storage.join(recipe.storage, "bench", time.strftime("%Y%m%d-%H%M%S"))
+    if args.what == "sandbox":
+        results = sandbox.run(args.slots, args.minutes * 60, root)
+        return print(sandbox.table(results))
+    pick("expert", args.expert, recipe.experts)
+    bench = rlvr.Bench(recipe, args.expert, args.staleness, root)
+    if args.plan:
+        return session.show_plan([bench.rlvr(0), bench.rlvr(args.staleness)])
+    print(rlvr.table(rlvr.run(bench)))
+
+
+if __name__ == "__main__":
+    cli = Cli(__doc__).add("--what", default="rlvr", choices=("rlvr", "sandbox"))
+    cli.add("--expert", default="code", help="whose RLVR stage")
+    cli.add("--staleness", type=int, default=4, help="max_staleness of the asynchronous side")
+    cli.add("--minutes", type=float, default=10, help="how long sandboxes are used")
+    cli.add("--slots", type=int, default=10, help="sandboxes in parallel").run(main)
