@@ -24,12 +24,13 @@ def main(job: dict[str, Any]) -> dict[str, list[float]]:
     """Train, save the model to `output`, return rewards and seconds by step."""
     torch.set_num_threads(job["threads"])
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import GenerationConfig, TrainerCallback
     from trl import GRPOTrainer
 
     stage = job["stage"]
     tokenizer = chat.load_tokenizer(job["model"])
     model = experts.load(job["model"], torch.float32, 0)
+    model.generation_config = GenerationConfig.from_pretrained(job["model"])  # where a turn ends
     groups = freeze.apply(model, Learn(**stage["learn"]))
     optimizer = torch.optim.AdamW(
         [{"params": g["params"], "lr": stage["lr"] * g["scale"]} for g in groups],
@@ -102,6 +103,7 @@ def arguments(job: dict[str, Any]) -> Any:
         epsilon_high=grpo["clip_high"],
         loss_type="dapo",  # the mean over all tokens of the batch
         scale_rewards="none",  # centred advantages
+        router_aux_loss_coef=0.0,
         gradient_checkpointing=False,
         save_strategy="no",
         logging_steps=1,
