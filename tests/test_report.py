@@ -283,3 +283,9 @@ def test_ticks_are_round_and_cover_the_data() -> None:
     for low, high in ((3.0, 3.0), (-1e-6, 2e-6), (0.0, 123456.0), (-5.0, -4.9)):
         found = svg.ticks(low, high)
         assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 7
+
+
+def test_values_that_differ_by_rounding_only_are_drawn_as_equal() -> None:
+    line = svg.Line("importance", "red", [(1.0, 1.0), (2.0, 1 - 2**-53)])
+    assert "NaN" not in svg.line_chart([line], "optimizer step", "importance")
+    assert len(set(svg.ticks(1 - 2**-53, 1.0))) > 1

@@ -62,7 +62,7 @@ def _rule(x1: float, y1: float, x2: float, y2: float, css: str = "grid") -> Mark
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers that cover [low, high]; the first and the last lie on or outside of it."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, but for rounding
         pad = abs(low) * 0.1 or 0.5
         low, high = low - pad, high + pad
     raw = (high - low) / most
