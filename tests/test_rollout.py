@@ -16,9 +16,10 @@ import ray
 import torch
 from ray.actor import ActorHandle
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
 
 from bar_ray.rollout.engine import EngineOptions, RolloutEngine, Sampling
-from bar_ray.rollout.weights import complete_layers, shared_files, tensor_digest
+from bar_ray.rollout.weights import as_array, complete_layers, shared_files, tensor_digest
 
 TOLERANCE = 1e-3
 DEADLINE_S = 120
@@ -55,6 +56,18 @@ def test_shared_files_are_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError), shared_files(str(tmp_path), "/dev/shm"):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_travel_in_their_own_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    sent = torch.randn(3, 4).to(dtype)
+    array = as_array(sent)
+    assert array.nbytes == sent.nbytes
+    array.setflags(write=False)  # as Ray's object store gives it
+    with shared_files({"w": array, "t": as_array(sent.T)}, str(tmp_path)) as (path,):
+        got = load_torch_file(path)
+    assert got["w"].dtype == dtype and torch.equal(got["w"], sent) and torch.equal(got["t"], sent.T)
+    assert tensor_digest(array) == tensor_digest(got["w"].view(torch.uint8).numpy())
 
 
 @pytest.fixture(scope="module")

@@ -236,13 +236,10 @@ class RolloutEngine:
     async def checksums(self) -> dict[str, str]:
         """What the engine was last given: a digest per tensor, to find one left out or stale.
 
-        With "shm", `tensor_digest` of each pushed tensor under its Hugging Face name (a CPU has
-        packed the weights by then); otherwise vLLM's own digests under vLLM's names.
+        `tensor_digest` of each pushed tensor under its Hugging Face name: vLLM may have packed or
+        fused the weights by then.
         """
-        if self.options.transfer_backend == "shm":
-            return (await self._llm.collective_rpc("pushed_digests"))[0]
-        parts = await self._llm.compute_weight_checksums()
-        return {name: value for part in parts for name, value in part.items()}
+        return (await self._llm.collective_rpc("pushed_digests"))[0]
 
     async def health(self, deadline_s: float = 60) -> EngineHealth:
         """Asks the core itself; `EngineLost` when it is gone, stuck or holds half an update."""

@@ -28,7 +28,6 @@ class EngineOptions:
     seed: int = 0
     enforce_eager: bool = True
     in_process: bool | None = None  # core on a thread, see local_core.py; None: on a CPU
-    transfer_backend: str = "shm"  # or "nccl", "ipc"
     shm_dir: str = "/dev/shm"
     num_threads: int = 1
 
@@ -117,6 +116,6 @@ def engine_arguments(model_path: str, options: EngineOptions) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "weight_transfer_config": WeightTransferConfig(backend=options.transfer_backend),
+        "weight_transfer_config": WeightTransferConfig(backend="shm"),
         "worker_extension_cls": "bar_ray.rollout.shm_transfer.RolloutWorker",
     }

@@ -3,22 +3,28 @@
 Tensors travel under Hugging Face per-expert names. vLLM fuses some of them (q, k and v; all
 experts of a layer) and silently loads garbage when a fused layer arrives in part, so a push holds
 whole layers: `complete_layers`. They go through the Ray object store and a shared-memory file of
-the engine's machine ("shm", see shm_transfer.py). This module imports neither torch nor vllm:
-learners use it.
+the engine's machine ("shm", see shm_transfer.py), in the type they are trained in: bfloat16, which
+numpy lacks, as two raw bytes. Importing this module imports neither torch nor vllm: the sampler
+uses it too.
 """
 
 import hashlib
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    import torch
 
 Tensors = Mapping[str, np.ndarray]
+BFLOAT16 = np.dtype("V2")
 
 FUSED = (
     (re.compile(r"\.[qkv]_proj$"), ".qkv_proj"),
@@ -48,6 +54,27 @@ def complete_layers(changed: set[str], all_names: Iterable[str]) -> set[str]:
     return set().union(*(layers[fused_layer(name)] for name in changed))
 
 
+def as_array(tensor: "torch.Tensor") -> np.ndarray:
+    """A tensor's values in host memory."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(BFLOAT16)
+    return tensor.numpy()
+
+
+def as_tensor(array: np.ndarray) -> "torch.Tensor":
+    """The opposite of `as_array`; shares the array's memory, which is only read."""
+    import torch
+
+    array = np.ascontiguousarray(array)
+    with warnings.catch_warnings(action="ignore"):  # arrays of the object store cannot be written
+        if array.dtype == BFLOAT16:
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+
 def tensor_digest(array: np.ndarray) -> str:
     """A short checksum of the bytes of one tensor, equal on both sides of a transfer."""
     return hashlib.blake2b(np.ascontiguousarray(array).view(np.uint8), digest_size=8).hexdigest()
@@ -67,7 +94,9 @@ def shared_files(source: Tensors | str, directory: str) -> Iterator[list[str]]:
             raise FileNotFoundError(f"no safetensors file in {source}")
         yield [str(file) for file in files]
         return
+    from safetensors.torch import save_file
+
     with TemporaryDirectory(prefix="bar_ray-push-", dir=directory) as folder:
         file = Path(folder) / "weights.safetensors"
-        save_file({name: np.ascontiguousarray(array) for name, array in source.items()}, file)
+        save_file({name: as_tensor(array) for name, array in source.items()}, file)
         yield [str(file)]

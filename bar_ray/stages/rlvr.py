@@ -31,7 +31,7 @@ from bar_ray.rollout.records import Trajectory
 from bar_ray.rollout.sampler import SamplerActor
 from bar_ray.rollout.source import KeptRollouts, LiveRollouts
 from bar_ray.rollout.sync import NUM_CANARIES, Canary, WeightSync
-from bar_ray.rollout.weights import Tensors, complete_layers
+from bar_ray.rollout.weights import Tensors, as_array, complete_layers
 from bar_ray.stages import lm
 from bar_ray.types import UserError
 
@@ -266,13 +266,13 @@ class Learner(lm.Worker):
 
         every = experts.disk_tensors(self.engine.model)
         changed = {experts.disk_name(name) for name in freeze.trainable(self.engine.model)}
-        return {n: every[n].float().cpu().numpy() for n in complete_layers(changed, every)}
+        return {n: as_array(every[n]) for n in complete_layers(changed, every)}
 
     def _everything(self) -> Tensors:
         from bar_ray.model import experts
 
         every = experts.disk_tensors(self.engine.model)
-        return {name: value.float().cpu().numpy() for name, value in every.items()}
+        return {name: as_array(value) for name, value in every.items()}
 
     def _canary_logprobs(self, canaries: list[Canary]) -> list[list[float]]:
         """One at a time: the logits of a long sequence are large."""

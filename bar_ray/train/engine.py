@@ -49,15 +49,20 @@ class Engine:
             fused=True,
         )
         self.model = model
+        bf16 = next(model.parameters()).dtype == torch.bfloat16
+        self._plain = not bf16 and stage.run.zero_stage == 0  # DeepSpeed leaves our optimizer alone
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self._config(), dist_init_required=False
+            model=model, optimizer=optimizer, config=self._config(bf16), dist_init_required=False
         )
         self.world = torch.distributed.get_world_size()
+        if self._plain and self.world == 1:
+            # Gradients would be flattened, reduced over one rank and copied back: an eighth of the
+            # time of a small model's step.
+            self.deepspeed.enable_backward_allreduce = False
         self.device = self.deepspeed.device
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, bf16: bool) -> dict[str, Any]:
         """The number of micro-batches varies, so accumulation is steered by hand (boundaries)."""
-        bf16 = next(self.model.parameters()).dtype == torch.bfloat16
         # Stage 0 has no fp32 copies that checkpoints can reach; on one worker 1 is the same as 0.
         stage = max(1, self.stage.run.zero_stage) if bf16 else self.stage.run.zero_stage
         precise = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage == 2 else {}
@@ -65,7 +70,7 @@ class Engine:
             **precise,
             "train_micro_batch_size_per_gpu": self.stage.run.micro_batch,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.stage.grad_clip,
+            "gradient_clipping": 0.0 if self._plain else self.stage.grad_clip,
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": bf16},
@@ -113,17 +118,23 @@ class Engine:
         now = rate(self.step, self.num_steps, self.stage.schedule, self.stage.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.lr * now * group["scale"]
-        norm = self._grad_norm() if self._plain else None
+        norm = self._clip() if self._plain else None
         self.deepspeed.step()
         self.step += last
         self.updates += 1
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         return {"lr": self.stage.lr * now, "grad_norm": float(norm)}
 
-    def _grad_norm(self) -> torch.Tensor:
-        """DeepSpeed clips without telling the norm when the optimizer is ours."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+    def _clip(self) -> torch.Tensor:
+        """Clip gradients, equal on all ranks by now; returns their norm before.
+
+        DeepSpeed would reduce the norm over the ranks once more, and not tell it.
+        """
+        learning = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learning])
+        if self.stage.grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(learning, self.stage.grad_clip, norm)
+        return norm
 
     def skip_step(self) -> None:
         """A step without gradients: only the count goes on."""
@@ -168,11 +179,6 @@ class Engine:
                     self._set_moment(parameter, moment, value)
         self._set_adam_steps()
         return state
-
-    @property
-    def _plain(self) -> bool:
-        """ZeRO stage 0 in fp32: DeepSpeed leaves our optimizer as it is."""
-        return isinstance(self.optimizer, torch.optim.Optimizer)
 
     def _full_param(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         if self._plain:
