@@ -70,21 +70,23 @@ def built(store: str, *overrides: str) -> pipeline.Pipeline:
 # --- the whole pipeline on an S3-protocol server -----------------------------------------------
 
 
+TWO_EXPERTS = ("experts.math=null", "experts.tool_use=null")  # code and safety: every verb
+
+
 @pytest.fixture(scope="module")
 def finished(s3: str) -> tuple[str, str]:
     """Storage and console output of a whole run."""
     store = f"s3://bkt/run{s3}"
-    return store, run("train_all", store)
+    return store, run("train_all", store, *TWO_EXPERTS)
 
 
 def test_whole_recipe_on_object_storage(finished: tuple[str, str]) -> None:
     store, output = finished
-    graph = built(store)
+    graph = built(store, *TWO_EXPERTS)
     for step in (*graph.targets, *graph.experts.values(), graph.merged):
         storage.verify(step.artifact.uri)
     scores = storage.read_json(storage.join(store, "report", "scores.json"))["models"]
-    finals = {"math rlvr", "code rlvr", "tool_use sft", "safety sft"}
-    assert set(scores) == {"base", *finals, "merged", "bar"}
+    assert set(scores) == {"base", "code rlvr", "safety sft", "merged", "bar"}
     assert all(
         set(s) == {*("general", "math", "code"), *("tool_use", "safety", "overall")}
         for s in scores.values()
@@ -92,9 +94,9 @@ def test_whole_recipe_on_object_storage(finished: tuple[str, str]) -> None:
     page = storage.read_bytes(storage.join(store, "report", "report.html")).decode()
     assert "</html>" in page
     assert "overall" in output
-    math = storage.read_json(storage.join(store, "experts", "math.json"))
-    assert math[-1]["fingerprint"] == graph.experts["math"].fingerprint
-    assert math[-1]["scores"]["overall"] == scores["math rlvr"]["overall"]
+    code = storage.read_json(storage.join(store, "experts", "code.json"))
+    assert code[-1]["fingerprint"] == graph.experts["code"].fingerprint
+    assert code[-1]["scores"]["overall"] == scores["code rlvr"]["overall"]
 
 
 def test_exported_model_agrees_in_transformers_and_vllm(finished: tuple[str, str]) -> None:
@@ -142,7 +144,7 @@ def test_the_same_command_again_reuses_everything(finished: tuple[str, str]) -> 
     store, _ = finished
     before = manifests(store)
     started = time.monotonic()
-    output = run("train_all", store)
+    output = run("train_all", store, *TWO_EXPERTS)
     assert "0 to run, " in output and "  run    " not in output
     assert time.monotonic() - started < 60
     assert manifests(store) == before
@@ -150,8 +152,8 @@ def test_the_same_command_again_reuses_everything(finished: tuple[str, str]) -> 
 
 def test_a_checkpoint_can_be_scored_alone(finished: tuple[str, str]) -> None:
     store, _ = finished
-    assert "0 to run" in run("evaluate", store, "--model", "math rlvr")
-    output = run("evaluate", store, "--checkpoint", storage.join(store, "model"))
+    assert "0 to run" in run("evaluate", store, "--model", "code rlvr", *TWO_EXPERTS)
+    output = run("evaluate", store, "--checkpoint", storage.join(store, "model"), *TWO_EXPERTS)
     assert "2 to run, 1 reused" in output and "ran 2 steps" in output
 
 
@@ -189,7 +191,12 @@ def end_after_a_checkpoint(
         _, message = driver.communicate(timeout=60)
     if by == signal.SIGTERM:  # what `ray job stop` sends
         assert (driver.returncode, "the same command continues" in message) == (130, True), message
-    _, alive = psutil.wait_procs(started, timeout=30)
+    require_gone(started)
+
+
+def require_gone(processes: list[psutil.Process]) -> None:
+    """Nothing outlives the driver that started it."""
+    _, alive = psutil.wait_procs(processes, timeout=30)
     # Ray's own two agents of a node take some minutes to notice that their raylet is gone.
     left = [p for p in alive if p.name() not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
     assert not left, f"left behind: {left}"
@@ -218,23 +225,6 @@ def test_killed_driver_continues_to_bitwise_the_same_model(straight: str, tmp_pa
     theirs = {place.removeprefix(straight): sha for place, sha in manifests(straight).items()}
     assert ours == theirs
     assert not list(Path(killed, "checkpoints").glob("*/*/*/step-*")), "checkpoints are cleared"
-
-
-def test_killed_rlvr_consumes_every_prompt_exactly_once(straight: str, tmp_path: Path) -> None:
-    store = str(tmp_path / "killed")
-    shutil.copytree(straight, store)
-    overrides = (*ONLY_MATH, *FREQUENT)
-    end_after_a_checkpoint("rlvr", "merge", store, *overrides)
-    assert "continues at step" in run("merge", store, *overrides)
-    rlvr = built(store, *overrides).experts["math"]
-    consumed = json.loads(Path(storage.fetch(rlvr.artifact.uri), "consumed.json").read_text())
-    [world] = Path(store, "artifacts", "world", "tiny").iterdir()
-    ids = [json.loads(line)["id"] for line in (world / "math" / "rlvr.jsonl").open()]
-    stage = rlvr.settings["stage"]
-    planned = Mixture([len(ids)], [1.0], stage.steps * stage.batch_size, seed=0).row
-    assert [len(step) for step in consumed] == [stage.batch_size] * stage.steps
-    prompts = [each["prompt_id"] for step in consumed for each in step]
-    assert prompts == [ids[row] for row in planned]
 
 
 def easily_rewarded(folder: Path) -> tuple[str, ...]:
@@ -305,37 +295,45 @@ RLVR_METRICS = (
 
 
 def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path: Path) -> None:
-    """An engine, the sampler and the learner are killed in turn while the others go on."""
+    """An engine, the sampler, the learner and the driver are killed in turn."""
     store = str(tmp_path / "faults")
     shutil.copytree(straight, store)
     overrides = (*ONLY_MATH, *FREQUENT, *ASYNCHRONOUS, *easily_rewarded(tmp_path))
-    with subprocess.Popen(
-        command("merge", store, *overrides), stdout=subprocess.PIPE, text=True
-    ) as driver:
+    with subprocess.Popen(command("merge", store, *overrides), stdout=subprocess.DEVNULL) as driver:
         for number, name in enumerate(("RolloutEngine", "SamplerActor", "RayTrainWorker"), start=1):
             wait_for_checkpoint(store, "rlvr", 3 * number, driver)
             [*victims] = processes_called(driver.pid, name)
             victims[0].kill()
-        output, _ = driver.communicate(timeout=900)
-    assert driver.returncode == 0, output[-3000:]
+        wait_for_checkpoint(store, "rlvr", 14, driver)
+        started = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+    require_gone(started)
+    assert "continues at step" in run("merge", store, *overrides)
     rlvr = built(store, *overrides).experts["math"]
     folder = Path(storage.fetch(rlvr.artifact.uri))
     consumed = json.loads((folder / "consumed.json").read_text())
     stage = rlvr.settings["stage"]
-    places = [each["place"] for step in consumed for each in step]
-    assert sorted(places) == list(range(stage.steps * stage.batch_size)), "each prompt just once"
+    by_place = {each["place"]: each["prompt_id"] for step in consumed for each in step}
+    assert sum(map(len, consumed)) == len(by_place), "no prompt twice"
+    planned = Mixture([30], [1.0], stage.steps * stage.batch_size, seed=0).row
+    assert by_place == {place: f"train-{row}" for place, row in enumerate(planned)}
     scores = json.loads((folder / "held_out.json").read_text())
     assert set(scores["by_step"]) == {"10", "20"}
-    run_folder = max(Path(store, "runs").iterdir())
-    events = [json.loads(line)["event"] for line in (run_folder / "events.jsonl").open()]
-    for event in ("engine_lost", "sampler_lost", "resumed"):
-        assert event in events, f"the kill that should lead to {event} came too late"
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
-    rows = [row for row in rows if row["verb"] == "rlvr"]
+    events = [record["event"] for record in recorded(store, "events.jsonl")]
+    for event, times in {"engine_lost": 1, "sampler_lost": 1, "resumed": 2}.items():
+        assert events.count(event) >= times, f"a kill that should lead to {event} came too late"
+    rows = [row for row in recorded(store, "metrics.jsonl") if row["verb"] == "rlvr"]
     assert max(row["staleness_max"] for row in rows) <= 2
     assert max(row["canary_gap"] for row in rows) < 1e-3
     assert any(row["zero_variance"] < 1 for row in rows), "there was something to learn"
     assert {*RLVR_METRICS} <= {name for row in rows for name in row}
+
+
+def recorded(store: str, name: str) -> list[dict]:
+    """What the runs of a storage wrote; a kill may have cut a last line off."""
+    texts = [path.read_text() for path in Path(store, "runs").glob(f"*/{name}")]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def wait_for_checkpoint(store: str, verb: str, step: int, driver: subprocess.Popen) -> None:
