@@ -63,6 +63,10 @@ class Host:
         ready = [m for m in self.fleet.members if m.ready]
         return [m.process[1] for m in ready]
 
+    async def started(self) -> int:
+        """How many engines have answered at all."""
+        return sum(member.process is not None for member in self.fleet.members)
+
     async def resize(self, num: int) -> None:
         self.fleet.resize(num)
 
@@ -79,6 +83,13 @@ class Host:
     async def close(self) -> None:
         await self.fleet.close()
         await self.graders.close()
+
+
+class Owner:
+    """Holds weights as a learner does: they go with it."""
+
+    def put(self, weights: Tensors) -> list[Any]:
+        return [ray.put(weights)]
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +198,29 @@ def test_a_frozen_engine_is_noticed_killed_and_replaced_with_current_weights(
 
 
 @pytest.mark.fleet(num_engines=1)
-def test_engines_are_added_and_removed_while_others_serve(host: ActorHandle) -> None:
+def test_engines_are_added_and_removed_while_others_serve(host: ActorHandle, folder: Path) -> None:
+    """The learner dies meanwhile, and what it had pushed with it: the next one's weights count."""
+    head = {"lm_head.weight": load_file(folder / "model.safetensors")["lm_head.weight"]}
+    learner = ray.remote(Owner).remote()
     wait_for_engines(host, 1)
+    call(host.push.remote(1, call(learner.put.remote(head))))
+    ray.kill(learner)
     call(host.resize.remote(2))
     assert len(call(host.generate.remote(prompts(4), 8))) == 4
+    deadline = time.monotonic() + DEADLINE_S
+    while call(host.started.remote()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(1.0)
+    assert len(call(host.processes.remote())) == 1, "it must not serve without the weights"
+    call(host.push.remote(2, [ray.put(head)]))
     wait_for_engines(host, 2)
+    groups = call(host.generate.remote(prompts(8), 8))
+    assert {span[0] for samples in groups for s in samples for span in s.spans} == {2}
     call(host.resize.remote(1))
     assert len(call(host.generate.remote(prompts(4), 8))) == 4
     wait_for_engines(host, 1)
+    assert "engine_lost" not in [name for name, _ in call(host.reported.remote())]
 
 
 @pytest.mark.fleet(num_engines=1, max_failures=0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -144,13 +145,21 @@ class Fleet:
             health = await self._ask(member, "health", START_S)
             member.process = health.node_id, health.process_id
             while member.version != self.version:
-                await self._push_to(member, self.weights, fresh=False)
+                await self._catch_up(member)
         except LOST as error:
             await self._lose(member, error)
             return
         member.ready = True
         self.report("engine_ready", engine=member.number, version=self.version)
         await self._notify()
+
+    async def _catch_up(self, member: Member) -> None:
+        """Give a new engine the weights pushed last."""
+        weights = self.weights
+        try:
+            await self._push_to(member, weights, fresh=False)
+        except ObjectLostError:  # with the learner that held them; the next one brings its own
+            await self._until(lambda: self.weights is not weights)
 
     async def _placed(self, member: Member, bundle: dict[str, float]) -> None:
         """Wait for the engine's placement group, aloud."""
@@ -242,6 +251,7 @@ class Fleet:
         pushed last before they serve.
         """
         self.version, self.weights = version, weights or self.weights
+        await self._notify()
         members = [member for member in self.members if member.ready]
         await asyncio.gather(*(self._push_and_care(m, weights, fresh) for m in members))
 
