@@ -49,27 +49,30 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://bkt/{tmp_path.name}{request.getfixturevalue('s3')}"
 
 
-@pytest.fixture
-def small_moe(tmp_path: Path) -> Path:
-    """A two-expert FlexOlmo of random weights, as a Hugging Face folder."""
+def _write_moe(folder: Path, **sizes: int) -> Path:
+    """Write a two-expert FlexOlmo of random weights as a Hugging Face folder."""
     import torch
     from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
     torch.manual_seed(0)
-    config = FlexOlmoConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    model = FlexOlmoForCausalLM(config)
+    fixed = {"num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = FlexOlmoForCausalLM(FlexOlmoConfig(**fixed, **heads, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_moe(tmp_path: Path) -> Path:
+    """A two-expert FlexOlmo of random weights, as a Hugging Face folder."""
+    return _write_moe(tmp_path / "model", vocab_size=40, hidden_size=16, intermediate_size=24)
+
+
+@pytest.fixture(scope="module")
+def larger_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, wide enough for vLLM."""
+    folder = tmp_path_factory.mktemp("flex")
+    return _write_moe(folder, vocab_size=64, hidden_size=64, intermediate_size=96)

@@ -93,29 +93,8 @@ class Owner:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-expert FlexOlmo."""
-    from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
-
-    torch.manual_seed(0)
-    config = FlexOlmoConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    model = FlexOlmoForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    path = tmp_path_factory.mktemp("flex")
-    model.save_pretrained(path)
-    return path
+def folder(larger_moe: Path) -> Path:
+    return larger_moe
 
 
 @pytest.fixture(scope="module")

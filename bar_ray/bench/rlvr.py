@@ -16,7 +16,8 @@ from typing import Any
 
 from bar_ray import pipeline, report, storage
 from bar_ray.cluster import session
-from bar_ray.data import chat
+from bar_ray.cluster.run import Run
+from bar_ray.data import chat, formats
 from bar_ray.graph import Step
 from bar_ray.recipe import Evaluate, Recipe, Rlvr
 from bar_ray.report import history
@@ -47,7 +48,7 @@ class Bench:
     @property
     def model(self) -> Step:
         """The step whose model enters RLVR."""
-        return pipeline.build(self.recipe).stages[self.domain]["rlvr"].inputs["model"]
+        return self.rlvr(0).inputs["model"]
 
     def rlvr(self, staleness: int) -> Step:
         """The stage with its own storage, keeping its rollouts; its inputs stay where they are."""
@@ -146,10 +147,13 @@ def _trl(bench: Bench) -> tuple[Record, str]:
     """TRL's figures, and the folder of the model it ends with."""
     stage, out = bench.stage, storage.join(bench.root, "trl", "model")
     step = bench.rlvr(0)
-    rows = [_rows(step, name) for name in stage.data]
     job = {
         "model": storage.fetch(bench.model.artifact.uri),
-        "rows": [row for source in rows for row in source],
+        "rows": [
+            row
+            for name in stage.data
+            for row in formats.read_rows(Run.locate(step, name), "prompts")
+        ],
         "stage": asdict(stage),
         "sandbox": asdict(bench.recipe.sandbox),
         "seed": bench.recipe.seed,
@@ -169,17 +173,6 @@ def _trl(bench: Bench) -> tuple[Record, str]:
         "reward_last": fmean(rewards[-LAST:]),
         "length": fmean(found["lengths"]),
     }, out
-
-
-def _rows(step: Step, name: str) -> list[Record]:
-    from bar_ray.data import formats
-
-    uri, _ = step.data[name]
-    place, _, path = uri.partition(":")
-    if place in step.inputs:
-        artifact = step.inputs[place].artifact.uri
-        uri = storage.join(artifact, storage.verify(artifact).data, path)
-    return list(formats.read_rows(uri, "prompts"))
 
 
 def _score(bench: Bench, uri: str) -> float:

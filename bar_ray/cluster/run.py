@@ -50,7 +50,8 @@ class Run:
         """A local, verified folder with the output of a step."""
         return storage.fetch(step.artifact.uri)
 
-    def locate(self, step: Step, name: str, suffixes: tuple[str, ...] = ("",)) -> str:
+    @staticmethod
+    def locate(step: Step, name: str, suffixes: tuple[str, ...] = ("",)) -> str:
         """The URI of a dataset of the step; `INPUT:path` lies in the artifact of an input."""
         uri, content = step.data[name]
         place, _, path = uri.partition(":")
