@@ -6,6 +6,7 @@ work, not how good the models are (`make demo` shows that).
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.fs
 import pytest
 import torch
 
@@ -152,7 +154,7 @@ def test_the_same_command_again_reuses_everything(finished: tuple[str, str]) -> 
 
 def test_a_checkpoint_can_be_scored_alone(finished: tuple[str, str]) -> None:
     store, _ = finished
-    assert "0 to run" in run("evaluate", store, "--model", "code rlvr", *TWO_EXPERTS)
+    assert "0 to run" in run("evaluate", store, "--model", "code rlvr", "--plan", *TWO_EXPERTS)
     output = run("evaluate", store, "--checkpoint", storage.join(store, "model"), *TWO_EXPERTS)
     assert "2 to run, 1 reused" in output and "ran 2 steps" in output
 
@@ -166,8 +168,8 @@ def manifests(store: str) -> dict[str, str]:
 
 # --- killed and continued ------------------------------------------------------------------------
 
-ONLY_MATH = ("experts.code=null", "experts.tool_use=null", "experts.safety=null")
-WITHOUT_RLVR = ("experts.math.rlvr=null", *ONLY_MATH, *FREQUENT)
+ONLY_CODE = ("experts.math=null", "experts.tool_use=null", "experts.safety=null")
+WITHOUT_RLVR = ("experts.code.rlvr=null", *ONLY_CODE, *FREQUENT)
 
 
 def end_after_a_checkpoint(
@@ -203,17 +205,20 @@ def require_gone(processes: list[psutil.Process]) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Storage of an uninterrupted run of one expert without RLVR."""
+def straight(finished: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Storage of an uninterrupted run of one expert without RLVR; it reuses the whole run's work,
+    copied from S3 as a user would copy it."""
     store = str(tmp_path_factory.mktemp("kill") / "straight")
-    run("train_router", store, *WITHOUT_RLVR)
+    filesystem, artifacts = storage.resolve(storage.join(finished[0], "artifacts"))
+    pyarrow.fs.copy_files(artifacts, f"{store}/artifacts", source_filesystem=filesystem)
+    assert re.search(r" 3 to run, \d+ reused", run("train_router", store, *WITHOUT_RLVR))
     return store
 
 
 def test_killed_driver_continues_to_bitwise_the_same_model(straight: str, tmp_path: Path) -> None:
     killed = str(tmp_path / "killed")
     shutil.copytree(straight, killed)
-    for verb in ("midtrain", "sft", "merge", "route"):
+    for verb in ("sft", "merge", "route"):
         shutil.rmtree(Path(killed, "artifacts", verb))
     for verb, by in (("sft", signal.SIGKILL), ("route", signal.SIGTERM)):
         end_after_a_checkpoint(verb, "train_router", killed, *WITHOUT_RLVR, by=by)
@@ -242,8 +247,8 @@ def easily_rewarded(folder: Path) -> tuple[str, ...]:
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return (
-        f"datasets.math_rlvr={folder}/train.jsonl",
-        f"datasets.math_held_out={folder}/held_out.jsonl",
+        f"datasets.code_rlvr={folder}/train.jsonl",
+        f"datasets.code_held_out={folder}/held_out.jsonl",
     )
 
 
@@ -253,11 +258,11 @@ def test_recorded_rollouts_train_bitwise_the_same_model_after_a_kill(
     """Sampling is replaced by what an earlier run kept, so only the learner is left."""
     kept, killed = str(tmp_path / "kept"), str(tmp_path / "killed")
     shutil.copytree(straight, kept)
-    overrides = (*ONLY_MATH, *FREQUENT, *easily_rewarded(tmp_path))
-    output = run("rollouts", kept, "--expert", "math", "--steps", "4", *overrides)
-    [page] = Path(kept).glob("artifacts/rollouts/math/*/transcripts.html")
+    overrides = (*ONLY_CODE, *FREQUENT, *easily_rewarded(tmp_path))
+    output = run("rollouts", kept, "--expert", "code", "--steps", "4", *overrides)
+    [page] = Path(kept).glob("artifacts/rollouts/code/*/transcripts.html")
     assert str(page) in output and "reward 1.00 (right)" in page.read_text()
-    replay = f"experts.math.rlvr.replay={page.parent}"
+    replay = f"experts.code.rlvr.replay={page.parent}"
     shutil.copytree(kept, killed)
     run("merge", kept, *overrides, replay)
     end_after_a_checkpoint("rlvr", "merge", killed, *overrides, replay)
@@ -267,7 +272,7 @@ def test_recorded_rollouts_train_bitwise_the_same_model_after_a_kill(
         for s in (killed, kept)
     )
     assert ours == theirs and any("/rlvr/" in place for place in ours)
-    rlvr = built(kept, *overrides, replay).experts["math"]
+    rlvr = built(kept, *overrides, replay).experts["code"]
     before, after = (
         Checkpoint(storage.fetch(step.artifact.uri)) for step in (rlvr.inputs["model"], rlvr)
     )
@@ -281,13 +286,13 @@ ASYNCHRONOUS = (
     "stages.rlvr.run.num_workers=2",
     "stages.rlvr.rollout.num_engines=2",
     "stages.rlvr.rollout.cpus_per_engine=0.25",
-    "experts.math.rlvr.held_out_every=10",
-    "experts.math.rlvr.keep=best",
+    "experts.code.rlvr.held_out_every=10",
+    "experts.code.rlvr.keep=best",
 )
 
 
 RLVR_METRICS = (
-    *("reward", "reward/math_rlvr", "staleness", "staleness_max", "importance", "importance_max"),
+    *("reward", "reward/code_rlvr", "staleness", "staleness_max", "importance", "importance_max"),
     *("importance_capped", "gap", "entropy", "truncated", "zero_variance", "outcome/right"),
     *("outcome/wrong", "outcome/timeout", "outcome/crash", "outcome/unparsable", "sync_s"),
     *("sync_mb", "canary_gap", "generate_s", "engines_idle", "rollout_tokens"),
@@ -298,7 +303,7 @@ def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path
     """An engine, the sampler, the learner and the driver are killed in turn."""
     store = str(tmp_path / "faults")
     shutil.copytree(straight, store)
-    overrides = (*ONLY_MATH, *FREQUENT, *ASYNCHRONOUS, *easily_rewarded(tmp_path))
+    overrides = (*ONLY_CODE, *FREQUENT, *ASYNCHRONOUS, *easily_rewarded(tmp_path))
     with subprocess.Popen(command("merge", store, *overrides), stdout=subprocess.DEVNULL) as driver:
         for number, name in enumerate(("RolloutEngine", "SamplerActor", "RayTrainWorker"), start=1):
             wait_for_checkpoint(store, "rlvr", 3 * number, driver)
@@ -309,7 +314,7 @@ def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path
         driver.kill()
     require_gone(started)
     assert "continues at step" in run("merge", store, *overrides)
-    rlvr = built(store, *overrides).experts["math"]
+    rlvr = built(store, *overrides).experts["code"]
     folder = Path(storage.fetch(rlvr.artifact.uri))
     consumed = json.loads((folder / "consumed.json").read_text())
     stage = rlvr.settings["stage"]

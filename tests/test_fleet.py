@@ -334,18 +334,17 @@ def once(rollouts: Rollouts, fault: Any) -> Any:
 
 
 @pytest.mark.fleet(num_engines=1)
-def test_a_push_that_cannot_be_repaired_stops_the_run(sync: WeightSync) -> None:
-    sync.rollouts.spoil = lambda sent: {n: t for n, t in sent.items() if n != "lm_head.weight"}
-    with pytest.raises(CanaryError, match=r"Tensors that differ: \['lm_head.weight'\]"):
-        sync.synchronise(1)
-    assert sync.rollouts.pushes == 2
+def test_a_push_that_cannot_be_repaired_stops_the_run(sync: WeightSync, folder: Path) -> None:
+    def left_out(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {n: t for n, t in tensors.items() if n != "lm_head.weight"}
 
-
-@pytest.mark.fleet(num_engines=1)
-def test_weights_that_are_not_numbers_are_caught(sync: WeightSync) -> None:
-    def broken(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def not_numbers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: tensor * np.float32("nan") for name, tensor in tensors.items()}
 
-    sync.rollouts.spoil = broken
-    with pytest.raises(CanaryError):
-        sync.synchronise(1)
+    for version, (fault, named) in enumerate(
+        ((left_out, r"\['lm_head.weight'\]"), (not_numbers, r".*lm_head")), start=1
+    ):
+        sync.rollouts.spoil, sync.rollouts.pushes = fault, 0
+        with pytest.raises(CanaryError, match=f"Tensors that differ: {named}"):
+            sync.synchronise(version)
+        assert sync.rollouts.pushes == 2
