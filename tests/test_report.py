@@ -104,6 +104,10 @@ def write_history(graph: Pipeline, recipe: Recipe) -> None:
                 extra = {"reward": 0.1 * row["step"], "outcome/right": 3, "sync_s": 0.5}
                 row |= extra if step.verb == "rlvr" else {"lr": 1e-3, "grad_norm": math.nan}
             metrics += [record(step, now, **row) for row in rows]
+        if step.verb == "rlvr":
+            events.append(record(step, now + 2, event="engine_ready", engine=0, version=0))
+            scored = [(3, 0.5), (6, 0.25), (3, 0.75)]  # one again, after a kill
+            events += [record(step, now + 3, event="held_out", at=a, held_out=h) for a, h in scored]
         now += 10
     write_run(recipe, EARLIER, events, metrics, [])
     later = [
@@ -113,6 +117,8 @@ def write_history(graph: Pipeline, recipe: Recipe) -> None:
         record(graph.bar, 5020.0, event="started", resources={"CPU": 3.0}),
         record(graph.bar, 5030.0, event="resumed", at=2),
         {"time": 5031.0, "event": "worker_lost", "node": "<b>n1</b>"},
+        record(graph.bar, 5032.0, event="weights_differ", version=1, gap=0.1, tensors=["t"]),
+        record(graph.bar, 5033.0, event="weights_repaired", version=1, gap=0.0),
         record(graph.bar, 5080.0, event="finished", seconds=70.0),
     ]
     rows = [record(graph.bar, 5021.0 + i, step=i, steps=4, loss=1.0 / i) for i in (1, 2, 2, 3, 4)]
@@ -175,12 +181,17 @@ def test_scores_and_page_of_a_whole_run(tmp_path: Path) -> None:
     assert "retention bar / own expert - 90 % 95 %" in text
     assert "gain, points bar - base +1.0 +62.0 +75.0 +46.0" in text
     assert "1m20s in all, 0.05 CPU-hours leased" in text  # 3 CPUs for the 60 s after the lease
-    assert "interruptions survived 2" in text
+    assert "interruptions survived 3" in text
     assert "&lt;b&gt;n1&lt;/b&gt;" in html and "<b>n1" not in html
     steps = topological(graph.targets)
     assert f"2 ran, {len(steps) - 2} reused, of {len(steps)}." in text
     assert all(step.fingerprint in text for step in steps)
-    for words in ("mean reward, 0 to 1", "outcome/right", "time of a weight push, s"):
+    for words in (
+        "mean reward, 0 to 1",
+        "held-out score, 0 to 1",
+        "outcome/right",
+        "time of a weight push, s",
+    ):
         assert words in html
     assert 'title="0.800">0.80' in html and "heat own" in html
 
@@ -194,7 +205,9 @@ def test_curves_come_from_the_runs_that_trained(tmp_path: Path) -> None:
     routed = found.metrics[history.identity(graph.bar)]
     assert [row["time"] for row in routed] == [5022.0, 5023.0, 5024.0, 5025.0]
     assert found.made_by()[history.identity(math_rlvr)]["run"] == EARLIER
-    assert [e["event"] for e in found.incidents()] == ["resumed", "worker_lost"]
+    incidents = ["resumed", "worker_lost", "weights_differ", "weights_repaired"]
+    assert [e["event"] for e in found.incidents()] == incidents
+    assert found.held_out(math_rlvr) == [(3.0, 0.75), (6.0, 0.25)]
     lanes = history.spans(found.of_run(RUN))
     assert [(s.ready, s.started, s.ended, s.outcome) for s in lanes] == [
         (5000.0, 5000.0, 5010.0, "finished"),

@@ -15,7 +15,11 @@ from bar_ray.graph import Step
 
 Record = dict[str, Any]
 Who = tuple[str, str, str]  # verb, name, fingerprint
-ROUTINE = ("waiting", "started", "trained", "finished", "reused", "checkpoint", "published")
+ROUTINE = (
+    *("waiting", "started", "trained", "finished", "reused", "checkpoint", "published"),
+    *("engine_ready", "held_out"),
+)
+NOT_SURVIVED = ("failed", "weights_repaired")  # the latter follows a `weights_differ`
 
 
 def who(record: Record) -> Who:
@@ -51,6 +55,15 @@ class History:
     def incidents(self) -> list[Record]:
         """Resumes, faults, failures: everything out of the ordinary."""
         return [event for event in self.events if event["event"] not in ROUTINE]
+
+    def survived(self) -> int:
+        """How many incidents the runs went on from."""
+        return sum(event["event"] not in NOT_SURVIVED for event in self.incidents())
+
+    def held_out(self, step: Step) -> list[tuple[float, float]]:
+        """(optimizer step, score) of the weights that were scored while training."""
+        mine = [e for e in self.events if e["event"] == "held_out" and who(e) == identity(step)]
+        return sorted({float(e["at"]): float(e["held_out"]) for e in mine}.items())
 
     def made_by(self) -> dict[Who, Record]:
         """The event of each step's finishing, in whichever run."""

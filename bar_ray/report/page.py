@@ -40,7 +40,7 @@ TRAINED = {
     **{"rlvr": "RLVR", "route": "Router"},
 }
 MAIN_METRICS = ("reward", "loss")
-NOT_METRICS = ("time", "step", "steps", "eta_s")
+NOT_METRICS = ("time", "step", "steps", "eta_s", "held_out")
 WORDS = {
     "loss": "loss, nats per token",
     "reward": "mean reward, 0 to 1",
@@ -201,6 +201,7 @@ class Page:
             steps = self.trained(verb)
             names = list(dict.fromkeys(k for _, rows in steps for row in rows for k in row))
             main = [self._chart(verb, key, steps) for key in MAIN_METRICS if key in names]
+            main.insert(1, self._held_out_chart(steps))
             rest = [n for n in names if n not in (*MAIN_METRICS, *NOT_METRICS)]
             others = [self._chart(verb, key, steps) for key in rest]
             if steps:
@@ -208,13 +209,21 @@ class Page:
         return sections
 
     def _chart(self, verb: str, key: str, steps: list[tuple[Step, list[Record]]]) -> Markup:
-        lines = [
-            svg.Line(step.name, self.colour(step.name), _points(rows, key)) for step, rows in steps
-        ]
+        points = {step.name: _points(rows, key) for step, rows in steps}
         words = "policy loss" if (verb, key) == ("rlvr", "loss") else WORDS.get(key, "")
         words = words or (f"{key.removesuffix('_s')}, s" if key.endswith("_s") else key)
+        return self._lines(points, words, shown=(0.0, 1.0) if key == "reward" else ())
+
+    def _held_out_chart(self, steps: list[tuple[Step, list[Record]]]) -> Markup:
+        points = {step.name: self.history.held_out(step) for step, _ in steps}
+        return self._lines(points, "held-out score, 0 to 1", shown=(0.0, 1.0))
+
+    def _lines(
+        self, points: dict[str, list[tuple[float, float]]], words: str, shown: tuple[float, ...]
+    ) -> Markup:
+        lines = [svg.Line(name, self.colour(name), found) for name, found in points.items()]
         some = [line for line in lines if line.points]
-        return svg.line_chart(some, "optimizer step", words) if some else Markup("")
+        return svg.line_chart(some, "optimizer step", words, shown) if some else Markup("")
 
     def without_curves(self) -> list[str]:
         """Trained steps of which nothing was recorded."""

@@ -95,13 +95,18 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return [(x, y) for (x, _), y in zip(points, means, strict=True)]
 
 
-def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> Markup:
-    """Curves over a common x axis that starts at 0; noisy ones get a smooth line on top."""
+def line_chart(
+    lines: Sequence[Line], x_label: str, y_label: str, shown: tuple[float, ...] = ()
+) -> Markup:
+    """Curves over a common x axis that starts at 0; noisy ones get a smooth line on top.
+
+    `shown` are values that the y axis must cover besides the curves' own.
+    """
     width, height, left, right, top, bottom = 380, 230, 52, 22, 28, 40
     kept = [Line(n.name, n.colour, _thinned(n.points)) for n in lines if n.points]
     xs = [x for line in kept for x, _ in line.points]
     ys = [y for line in kept for _, y in line.points]
-    x_end, y_ticks = max(xs), ticks(min(ys), max(ys))
+    x_end, y_ticks = max(xs), ticks(min([*ys, *shown]), max([*ys, *shown]))
     x_ticks = [t for t in ticks(0, x_end, 6) if t <= x_end * 1.001]
     y_low, y_span = y_ticks[0], y_ticks[-1] - y_ticks[0]
 
