@@ -95,6 +95,9 @@ def test_a_mixed_batch_keeps_its_order(sandbox: CountingSandbox) -> None:
         ("code", "{not json", "is not JSON"),
         ("tool_call", {"name": "f"}, "is a list of calls"),
         ("tool_call", [{"arguments": {}}], "has no name"),
+        ("tool_call", [{"name": "f", "schema": {}, "arguments": {"x": 1}}], "give one"),
+        ("tool_call", [{"name": "f", "schema": {"type": "text"}}], "is not a JSON Schema"),
+        ("tool_call", [{"name": "f", "schema": {"$ref": "http://x/y"}}], "is not a JSON Schema"),
         ("instruction", {"start_with": "a"}, 'Did you mean "starts_with"'),
         ("instruction", {"num_words": "3"}, "wants int"),
         ("instruction", {}, "has no check"),
@@ -473,6 +476,16 @@ def _call(name: str, **arguments: Any) -> str:
 A, B = {"name": "a", "arguments": {"x": 1, "y": ["p", True]}}, {"name": "b", "arguments": {}}
 
 
+def _city(*allowed: str) -> dict[str, Any]:
+    """A call that may name one of some cities, and a unit if it likes."""
+    of = {"city": {"enum": list(allowed)}, "unit": {"type": "string"}}
+    schema = {"properties": of, "required": ["city"], "additionalProperties": False}
+    return {"name": "weather", "schema": schema}
+
+
+EITHER, PARIS = _city("Paris", "Rome"), _city("Paris")
+
+
 @pytest.mark.parametrize(
     ("completion", "truth", "outcome"),
     [
@@ -494,6 +507,21 @@ A, B = {"name": "a", "arguments": {"x": 1, "y": ["p", True]}}, {"name": "b", "ar
         ('<tool_call>{"name": "b", "name": "a", "arguments": {}}</tool_call>', [B], "unparsable"),
         ('<tool_call>{"name": "b", "arguments": []}</tool_call>', [B], "unparsable"),
         ("<tool_call>" + _call("b"), [B], "unparsable"),
+        (_call("weather", city="Rome"), [EITHER], "right"),
+        (_call("weather", city="Rome", unit="C"), json.dumps([EITHER]), "right"),
+        (_call("weather", city="Oslo"), [EITHER], "wrong"),
+        (_call("weather", city="Rome", day=1), [EITHER], "wrong"),
+        (_call("weather", unit="C"), [EITHER], "wrong"),
+        (_call("forecast", city="Rome"), [EITHER], "wrong"),
+        # Only one way to pair them is right, whichever comes first.
+        (_call("weather", city="Paris") + _call("weather", city="Rome"), [EITHER, PARIS], "right"),
+        (_call("weather", city="Rome") + _call("weather", city="Paris"), [PARIS, EITHER], "right"),
+        (_call("weather", city="Paris") + _call("weather", city="Rome"), [PARIS, PARIS], "partly"),
+        (
+            _call("weather", city="Paris") + _call("weather", city="Rome"),
+            {"calls": [EITHER, PARIS], "ordered": True},
+            "partly",
+        ),
     ],
 )
 def test_tool_calls(completion: str, truth: Any, outcome: str) -> None:

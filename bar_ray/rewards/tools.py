@@ -3,12 +3,22 @@
 Calls are written `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Ground truth: a list
 of such calls in any order, `{"calls": [...], "ordered": true}` when the order matters, `[]` when no
 call may be made. OpenAI's form (`{"function": {...}}`, arguments as JSON text) is accepted there.
-Full score or none; text around the calls is ignored.
+Where several arguments would do, `{"name": ..., "schema": {...}}` gives a JSON Schema (2020-12) of
+them instead: `enum` lists what is allowed, what is not `required` may be left out. Full score or
+none; text around the calls is ignored.
 """
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+from networkx import Graph
+from networkx.algorithms.bipartite import hopcroft_karp_matching
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from bar_ray.rewards.compare import decode, same
 from bar_ray.types import UserError, Verdict
@@ -17,6 +27,22 @@ _MARKER = re.compile(r"</?tool_call>")
 _BLOCK = re.compile(r"<tool_call>((?:(?!</?tool_call>).)*)</tool_call>", re.DOTALL)
 
 ToolCall = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A call that must be made: with these arguments, or any that the schema allows."""
+
+    name: str
+    arguments: dict[str, Any]
+    schema: Draft202012Validator | None
+
+    def allows(self, call: ToolCall) -> bool:
+        if call["name"] != self.name:
+            return False
+        if self.schema is None:
+            return same(self.arguments, call["arguments"])
+        return self.schema.is_valid(call["arguments"])
 
 
 def grade(completion: str, ground_truth: Any) -> Verdict:
@@ -56,18 +82,17 @@ def validate(ground_truth: Any) -> None:
     _read_calls(ground_truth)
 
 
-def _count_in_place(expected: list[ToolCall], calls: list[ToolCall]) -> int:
-    return sum(same(e, c) for e, c in zip(expected, calls, strict=False))
+def _count_in_place(expected: list[Expected], calls: list[ToolCall]) -> int:
+    return sum(e.allows(c) for e, c in zip(expected, calls, strict=False))
 
 
-def _count_anywhere(expected: list[ToolCall], calls: list[ToolCall]) -> int:
-    # Exact equality is transitive, so taking the first match never spoils another.
-    left = list(calls)
-    for wanted in expected:
-        found = next((i for i, call in enumerate(left) if same(wanted, call)), None)
-        if found is not None:
-            del left[found]
-    return len(calls) - len(left)
+def _count_anywhere(expected: list[Expected], calls: list[ToolCall]) -> int:
+    """The most pairs: a call that two schemas allow goes where the other has no choice."""
+    graph, wanted = Graph(), [("expected", i) for i in range(len(expected))]
+    graph.add_nodes_from([*wanted, *range(len(calls))])
+    for node, one in zip(wanted, expected, strict=True):
+        graph.add_edges_from((node, i) for i, call in enumerate(calls) if one.allows(call))
+    return len(hopcroft_karp_matching(graph, wanted)) // 2
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -80,7 +105,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _read_calls(ground_truth: Any) -> tuple[list[ToolCall], bool]:
+def _read_calls(ground_truth: Any) -> tuple[list[Expected], bool]:
     truth = decode(ground_truth, "tool_call")
     ordered = False
     if isinstance(truth, dict) and "calls" in truth:
@@ -94,10 +119,29 @@ def _read_calls(ground_truth: Any) -> tuple[list[ToolCall], bool]:
     return [_read_call(call) for call in truth], ordered
 
 
-def _read_call(call: Any) -> ToolCall:
+def _read_call(call: Any) -> Expected:
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
         call = call["function"]
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise UserError(f'a call of the reward "tool_call" has no name: {call!r:.80}')
-    arguments = decode(call.get("arguments") or {}, "tool_call")
-    return {"name": call["name"], "arguments": arguments}
+    arguments, schema = (decode(call.get(key), "tool_call") for key in ("arguments", "schema"))
+    if schema is None:
+        return Expected(call["name"], arguments or {}, None)
+    if arguments:
+        raise UserError(
+            f'a call of the reward "tool_call" has `arguments` and `schema`; give one: {call!r:.80}'
+        )
+    return Expected(call["name"], {}, _validator(schema))
+
+
+def _validator(schema: Any) -> Draft202012Validator:
+    try:
+        Draft202012Validator.check_schema(schema)
+        validator = Draft202012Validator(schema, registry=Registry())  # fetches nothing
+        validator.is_valid({})  # follows the references that it can
+    except (SchemaError, Unresolvable) as error:
+        where = getattr(error, "message", None) or str(error)
+        raise UserError(
+            f'the schema of a "tool_call" is not a JSON Schema: {where:.200}'
+        ) from error
+    return validator
