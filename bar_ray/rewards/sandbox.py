@@ -265,7 +265,8 @@ def probe():
 
 def _explain(programs: bubble.Programs, message: str) -> str:
     if programs.bwrap is None:
-        return f"the kernel does not let Landlock hold programs: {message.splitlines()[-1:]}"
+        last = (message.splitlines() or ["no message"])[-1]
+        return f"the kernel does not let Landlock hold programs: {last}"
     if "nknown option" in message:
         return "code rewards need bubblewrap 0.8 or newer (" + message + "): upgrade bubblewrap."
     return (
