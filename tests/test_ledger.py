@@ -10,13 +10,13 @@ from bar_ray.train.ledger import Ledger
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def ledger(root: str, tmp_path: Path) -> Ledger:
     """A ledger with checkpoints at steps 1, 2 and 3."""
-    ledger = Ledger(Step("sft", "math", {}, storage_uri=str(tmp_path / "store")))
+    ledger = Ledger(Step("sft", "math", {}, storage_uri=root))
     for step in (1, 2, 3):
         folder = tmp_path / "work"
         folder.mkdir()
-        (folder / "weights").write_text(f"weights of {step}")
+        (folder / "weights").write_text(f"weights of {step} in {root}")
         ledger.commit(str(folder), step, {})
     return ledger
 
@@ -24,14 +24,24 @@ def ledger(tmp_path: Path) -> Ledger:
 def test_the_two_newest_are_kept(ledger: Ledger) -> None:
     assert ledger.steps() == [2, 3]
     assert ledger.newest() == (3, [])
-    assert Path(ledger.folder(3), "weights").read_text() == "weights of 3"
+    assert Path(ledger.folder(3), "weights").read_text().startswith("weights of 3 in")
 
 
-def test_a_damaged_checkpoint_is_dropped_for_the_one_before(ledger: Ledger) -> None:
-    Path(ledger.folder(3), "weights").write_text("weights of 4")
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(ledger: Ledger) -> None:
+    everything = storage.list_files(storage.join(ledger.uri, "step-00000003"), recursive=True)
+    [flipped] = [uri for uri in everything if "weights" in uri]
+    storage.write_bytes(flipped, b"weights of 4")
     step, [warning] = ledger.newest()
-    assert step == 2 and "step 3 is damaged" in warning
+    assert step == 2 and "step 3 is set aside in" in warning and "is damaged" in warning
     assert ledger.steps() == [2]
+    kept = storage.list_files(ledger.quarantine, recursive=True)
+    assert [storage.read_bytes(f) for f in kept if "weights" in f] == [b"weights of 4"]
+
+
+def test_an_upload_without_its_manifest_is_no_checkpoint(ledger: Ledger) -> None:
+    orphan = storage.join(ledger.uri, "step-00000004", "data-0123456789ab", "weights")
+    storage.write_bytes(orphan, b"weights of 4")
+    assert ledger.newest() == (3, [])
 
 
 def test_a_storage_that_does_not_answer_costs_no_checkpoint(

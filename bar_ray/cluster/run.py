@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bar_ray import storage
 from bar_ray.cluster.journal import Journal
+from bar_ray.cluster.lease import Lease
 from bar_ray.cluster.pool import Pool, needs
 from bar_ray.graph import VERBS, Planned, Step, key, topological
 from bar_ray.log import duration
@@ -116,19 +117,19 @@ class StepFailed(UserError):
     """One or more steps failed; everything finished is kept."""
 
 
-def execute(planned: list[Planned], run: Run) -> None:
+def execute(planned: list[Planned], run: Run, lease: Lease) -> None:
     """Run what is not reused, inputs first, independent steps at the same time.
 
     A failed step stops only what depends on it. At the end a `StepFailed` names every failure.
     """
-    Executor(planned, run).loop()
+    Executor(planned, run, lease).loop()
 
 
 class Executor:
     """The driver's loop over the plan."""
 
-    def __init__(self, planned: list[Planned], run: Run) -> None:
-        self.run = run
+    def __init__(self, planned: list[Planned], run: Run, lease: Lease) -> None:
+        self.run, self.lease = run, lease
         self.pool = Pool(ray.cluster_resources)
         self.todo = {key(p.step): p.step for p in planned if not p.reused}
         self.waits_for = {
@@ -148,6 +149,7 @@ class Executor:
 
     def loop(self) -> None:
         while self.todo or self.running:
+            self.lease.check()
             self._start_ready()
             if not self.running:
                 break  # what is left depends on something that failed

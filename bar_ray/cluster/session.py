@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from bar_ray import storage
+from bar_ray.cluster.lease import Lease
 from bar_ray.config import dump
 from bar_ray.graph import Planned, Step, plan, render_plan
 from bar_ray.log import duration
@@ -53,16 +54,19 @@ def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
     print(render_plan(planned), flush=True)
     storage.check_writable(recipe.storage)
     run_id = time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4]
-    _describe(recipe, run_id, planned)
-    num_steps = sum(not p.reused for p in planned)
-    if num_steps:
-        started = time.monotonic()
+    todo = [p.step for p in planned if not p.reused]
+    if not todo:
+        _describe(recipe, run_id, planned)
+        return run_id
+    started = time.monotonic()
+    with Lease(recipe.storage, run_id, todo).taken() as lease:
+        _describe(recipe, run_id, planned)
         _connect(recipe)
         # `ray job stop` sends it. Only now: connecting puts Ray's own handlers in its place.
         signal.signal(signal.SIGTERM, _interrupt)
-        _refuse_what_cannot_fit(recipe, planned)
-        _execute(recipe, run_id, planned)
-        print(f"ran {num_steps} steps in {duration(time.monotonic() - started)}", flush=True)
+        _refuse_what_cannot_fit(recipe, todo)
+        _execute(recipe, run_id, planned, lease)
+    print(f"ran {len(todo)} steps in {duration(time.monotonic() - started)}", flush=True)
     return run_id
 
 
@@ -120,14 +124,14 @@ def _address(recipe: Recipe) -> str:
     return recipe.cluster.address or os.environ.get("RAY_ADDRESS", "")
 
 
-def _refuse_what_cannot_fit(recipe: Recipe, planned: list[Planned]) -> None:
+def _refuse_what_cannot_fit(recipe: Recipe, todo: list[Step]) -> None:
     """A cluster of our own never grows: a step too large for it would wait for ever."""
     import ray
 
     from bar_ray.cluster.pool import Pool, needs
 
     pool = Pool(ray.cluster_resources)
-    for step in (p.step for p in planned if not p.reused and _is_local(recipe)):
+    for step in todo if _is_local(recipe) else ():
         if missing := pool.missing(needs(step)):
             raise UserError(
                 f"{step.label} asks for more than this machine has: {missing}. Ask for less "
@@ -143,14 +147,14 @@ def _protect_token() -> None:
         token.chmod(0o600)
 
 
-def _execute(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:
+def _execute(recipe: Recipe, run_id: str, planned: list[Planned], lease: Lease) -> None:
     import ray
 
     from bar_ray.cluster.run import Run, execute
 
     run = Run.start(recipe, run_id)
     try:
-        execute(planned, run)
+        execute(planned, run, lease)
     finally:
         _close(run)
         ray.shutdown()

@@ -185,6 +185,7 @@ class Worker:
         at, warnings = from_first_rank(self.ledger.newest)
         for warning in warnings if self.rank == 0 else ():
             self.run.say(self.step, warning)
+            self.run.event("checkpoint_damaged", self.step, reason=warning)
         if not at:
             return {}
         state = self.engine.load(on_every_rank(lambda: self.ledger.folder(at)))

@@ -169,6 +169,21 @@ def delete(uri: str) -> None:
                 filesystem.delete_file(path)
 
 
+def move(uri: str, target: str) -> None:
+    """Move a directory to a free place of the same storage; readers see it at one of them."""
+    with explained("move", uri):
+        filesystem, path = resolve(uri)
+        _, place = resolve(target)
+        if is_local(uri):
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.rename(path, place)
+            return
+        pafs.copy_files(
+            path, place, source_filesystem=filesystem, destination_filesystem=filesystem
+        )
+    delete(uri)
+
+
 def check_writable(uri: str) -> None:
     """Fail now, not after hours of training, when nothing can be written under `uri`."""
     probe = join(uri, f".probe-{uuid.uuid4().hex[:8]}")

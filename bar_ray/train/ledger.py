@@ -2,9 +2,10 @@
 
 They live beside the artifacts under the step's fingerprint and go once the artifact is there. Each
 is an artifact of its own, with its manifest written last, so a kill at any moment leaves either a
-whole checkpoint or none.
+whole checkpoint or none. A damaged one is moved to `<storage>/quarantine/`, to be looked at.
 """
 
+import uuid
 from typing import Any
 
 from bar_ray import storage
@@ -15,9 +16,9 @@ class Ledger:
     """The checkpoints of one step."""
 
     def __init__(self, step: Step) -> None:
-        self.uri = storage.join(
-            step.storage_uri, "checkpoints", step.verb, step.name, step.fingerprint
-        )
+        place = (step.verb, step.name, step.fingerprint)
+        self.uri = storage.join(step.storage_uri, "checkpoints", *place)
+        self.quarantine = storage.join(step.storage_uri, "quarantine", *place)
 
     def commit(self, folder: str, step: int, info: dict[str, Any], keep: int = 0) -> None:
         """Publish a checkpoint folder, then drop all but the two newest and the one at `keep`."""
@@ -34,8 +35,8 @@ class Ledger:
     def newest(self) -> tuple[int, list[str]]:
         """The step of the newest checkpoint that verifies (0 if none), and warnings.
 
-        A damaged one is set aside for good; any other failure to read is raised, as the
-        checkpoint may be whole.
+        A damaged one goes to quarantine; any other failure to read is raised, as the checkpoint
+        may be whole.
         """
         warnings = []
         for step in reversed(self.steps()):
@@ -43,8 +44,10 @@ class Ledger:
                 self.folder(step)
                 return step, warnings
             except storage.Damaged as error:
-                warnings.append(f"checkpoint at step {step} is damaged and dropped: {error}")
-                storage.delete(self._at(step))
+                aside = storage.join(self.quarantine, f"step-{step:08d}-{uuid.uuid4().hex[:8]}")
+                storage.move(self._at(step), aside)
+                what = str(error).partition("\n")[0]
+                warnings.append(f"the checkpoint at step {step} is set aside in {aside}: {what}")
         return 0, warnings
 
     def folder(self, step: int) -> str:
