@@ -121,7 +121,8 @@ def write_history(graph: Pipeline, recipe: Recipe) -> None:
         record(graph.bar, 5033.0, event="weights_repaired", version=1, gap=0.0),
         record(graph.bar, 5080.0, event="finished", seconds=70.0),
     ]
-    rows = [record(graph.bar, 5021.0 + i, step=i, steps=4, loss=1.0 / i) for i in (1, 2, 2, 3, 4)]
+    of = {"steps": 4, "seconds": 6.0}  # one step again, after the fault
+    rows = [record(graph.bar, 5021.0 + i, step=i, loss=1.0 / i, **of) for i in (1, 2, 2, 3, 4)]
     ran = (graph.merged, graph.bar)
     plan = [record(s, 0, reused=s not in ran, reason="why") for s in steps]
     write_run(recipe, RUN, later, rows, plan)
@@ -205,6 +206,7 @@ def test_curves_come_from_the_runs_that_trained(tmp_path: Path) -> None:
     routed = found.metrics[history.identity(graph.bar)]
     assert [row["time"] for row in routed] == [5022.0, 5023.0, 5024.0, 5025.0]
     assert found.made_by()[history.identity(math_rlvr)]["run"] == EARLIER
+    assert found.goodput() == 24.0 / (8.0 + 60.0)  # both runs held resources for the router
     incidents = ["resumed", "worker_lost", "weights_differ", "weights_repaired"]
     assert [e["event"] for e in found.incidents()] == incidents
     assert found.held_out(math_rlvr) == [(3.0, 0.75), (6.0, 0.25)]

@@ -65,6 +65,17 @@ class History:
         mine = [e for e in self.events if e["event"] == "held_out" and who(e) == identity(step)]
         return sorted({float(e["at"]): float(e["held_out"]) for e in mine}.items())
 
+    def goodput(self) -> float | None:
+        """Time in optimizer steps that count, over the time that trained steps held resources.
+
+        In all runs together: what a fault undid, waiting and starting up are time without use.
+        """
+        useful = {step: _seconds(rows) for step, rows in self.metrics.items()}
+        runs = {event["run"] for event in self.events}
+        held = [span for run in runs for span in spans(self.of_run(run)) if useful.get(span.who)]
+        total = sum(span.ended - span.started for span in held)
+        return sum(useful[who] for who in {span.who for span in held}) / total if total else None
+
     def made_by(self) -> dict[Who, Record]:
         """The event of each step's finishing, in whichever run."""
         return {who(event): event for event in self.events if event["event"] == "finished"}
@@ -104,6 +115,10 @@ def run_description(storage_uri: str, run_id: str) -> Record:
     """The run's `run.json`, empty when it is not there."""
     place = storage.join(storage_uri, "runs", run_id, "run.json")
     return storage.read_json(place) if storage.exists(place) else {}
+
+
+def _seconds(rows: list[Record]) -> float:
+    return sum(row.get("seconds", 0.0) for row in rows)
 
 
 def spans(events: list[Record]) -> list[Span]:
