@@ -219,7 +219,7 @@ def straight(finished: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 def test_killed_driver_continues_to_bitwise_the_same_model(straight: str, tmp_path: Path) -> None:
     killed = str(tmp_path / "killed")
     shutil.copytree(straight, killed)
-    for verb in ("sft", "merge", "route"):
+    for verb in ("sft/code", "merge", "route"):
         shutil.rmtree(Path(killed, "artifacts", verb))
     for verb, by in (("sft", signal.SIGKILL), ("route", signal.SIGTERM)):
         end_after_a_checkpoint(verb, "train_router", killed, *WITHOUT_RLVR, by=by)

@@ -28,6 +28,7 @@ from bar_ray.types import UserError
 TTL_S = 60.0
 GONE_AFTER = 1.5  # times TTL_S without a renewal
 POLL_S = 0.5
+EVERYTHING = {"*": "everything"}
 SAY = functools.partial(print, flush=True)
 
 Record = dict[str, Any]
@@ -41,18 +42,21 @@ class Lease:
     """The right to run steps on a storage, from `taken` until it is left.
 
     Args:
-        steps: those that will run.
+        steps: those that will run; None for the whole storage.
         ttl_s: how long a silent holder is believed; must be the same for all drivers.
     """
 
-    def __init__(self, root: str, run_id: str, steps: Iterable[Step], ttl_s: float = TTL_S) -> None:
+    def __init__(
+        self, root: str, run_id: str, steps: Iterable[Step] | None, ttl_s: float = TTL_S
+    ) -> None:
         self.folder, self.ttl_s = storage.join(root, "leases"), ttl_s
         self.uri = storage.join(self.folder, f"{run_id}.json")
+        labels = EVERYTHING if steps is None else {key(step): step.label for step in steps}
         self.record: Record = {
             **{"run_id": run_id, "user": getpass.getuser(), "host": platform.node()},
             **{"command": " ".join(sys.argv), "since": time.time(), "held": False, "renewed": 0},
             **{"process": os.getpid(), "born": _born(os.getpid()), "machine": _machine()},
-            **{"took_over": [], "steps": {key(step): step.label for step in steps}},
+            **{"took_over": [], "steps": labels},
         }
         self._writing = threading.Lock()
         self._lost = ""
@@ -83,7 +87,7 @@ class Lease:
     def _contend(self, say: Callable[[str], None]) -> None:
         """Wait until nobody else claims or holds a step of ours, then hold it."""
         seen: dict[str, tuple[int, float]] = {}  # run id -> a renewal of it, and when we saw that
-        while rivals := [r for r in self._others() if r["steps"].keys() & self.record["steps"]]:
+        while rivals := [r for r in self._others() if self._shared(r)]:
             for rival in rivals:
                 name, now = rival["run_id"], time.monotonic()
                 if name not in seen:
@@ -107,12 +111,19 @@ class Lease:
             storage.delete(storage.join(self.folder, f"{rival['run_id']}.json"))
 
     def _refusal(self, rival: Record) -> str:
-        shared = [label for k, label in rival["steps"].items() if k in self.record["steps"]]
+        shared = self._shared(rival)
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         return (
             f"{_holder(rival)} is at work on {', '.join(shared[:3])}{more} in the same storage. "
             "Wait for it, end it, or give this run a storage of its own"
         )
+
+    def _shared(self, rival: Record) -> list[str]:
+        """What a rival works on that this run wants too."""
+        mine, theirs = self.record["steps"], rival["steps"]
+        if EVERYTHING.keys() & {*mine, *theirs}:
+            return list(theirs.values())
+        return [label for place, label in theirs.items() if place in mine]
 
     def _others(self) -> list[Record]:
         found = []

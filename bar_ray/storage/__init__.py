@@ -1,6 +1,6 @@
 """The one door to storage: URIs, whole files and artifacts."""
 
-from bar_ray.storage.artifacts import Manifest, commit, fetch, read_manifest, sweep, verify
+from bar_ray.storage.artifacts import Manifest, commit, fetch, leftovers, read_manifest, verify
 from bar_ray.storage.files import (
     CHECKPOINT_FILES,
     MANIFEST,
@@ -12,6 +12,7 @@ from bar_ray.storage.files import (
     move,
     read_bytes,
     read_json,
+    tree,
     write_bytes,
     write_json,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "fingerprint_files",
     "is_local",
     "join",
+    "leftovers",
     "list_files",
     "local_path",
     "move",
@@ -38,7 +40,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "resolve",
-    "sweep",
+    "tree",
     "verify",
     "write_bytes",
     "write_json",

@@ -281,13 +281,13 @@ def _upload(source: str, uri: str, name: str) -> dict[str, Any]:
         return hash_file(os.path.join(source, name), send)
 
 
-def sweep(uri: str, older_than_s: float = 86400) -> list[str]:
-    """Remove what killed writers left under `uri`, and say what. Readers never see it.
+def leftovers(uri: str, older_than_s: float = 86400) -> list[str]:
+    """What killed writers left under `uri` and may be deleted. Readers never see it.
 
-    Local leftovers go when their process is gone from this host, remote ones when no manifest
-    names them.
+    Local leftovers when their process is gone from this host, remote ones when no manifest names
+    them.
     """
-    with explained("sweep", uri):
+    with explained("look through", uri):
         filesystem, path = resolve(uri)
         selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
         leftover = LOCAL_LEFTOVER if is_local(uri) else REMOTE_LEFTOVER
@@ -299,10 +299,7 @@ def sweep(uri: str, older_than_s: float = 86400) -> list[str]:
                 )  # S3 "directories" have none
                 newest[found[1]] = max(newest.get(found[1], 0.0), changed)
         old = [name for name, last in newest.items() if last < time.time() - older_than_s]
-        gone = [join(uri, name) for name in old if _is_abandoned(uri, name)]
-        for place in gone:
-            delete(place)
-        return gone
+        return [join(uri, name) for name in old if _is_abandoned(uri, name)]
 
 
 def _is_abandoned(uri: str, name: str) -> bool:

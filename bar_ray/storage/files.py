@@ -169,6 +169,15 @@ def delete(uri: str) -> None:
                 filesystem.delete_file(path)
 
 
+def tree(uri: str) -> list[tuple[str, int, float]]:
+    """(path below `uri`, bytes, time of change) of every file, without hidden ones."""
+    with explained("list", uri):
+        return [
+            (name, info.size, info.mtime.timestamp() if info.mtime else 0.0)
+            for name, info in _list(uri, recursive=True)
+        ]
+
+
 def move(uri: str, target: str) -> None:
     """Move a directory to a free place of the same storage; readers see it at one of them."""
     with explained("move", uri):
