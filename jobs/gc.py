@@ -24,7 +24,8 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     with Lease(recipe.storage, f"gc-{time.time():.0f}", None).taken():
         items = retention.garbage(recipe.storage, pipeline.build(recipe).targets, keep)
         leftovers = storage.leftovers(recipe.storage, old)
-        print("\n".join([*map(str, items), *(f"unfinished  {uri}" for uri in leftovers)]))
+        for line in (*map(str, items), *(f"unfinished  {uri}" for uri in leftovers)):
+            print(line)
         if not args.plan:
             retention.delete(items)
             for uri in leftovers:

@@ -1,10 +1,13 @@
 """What may be deleted from a storage, and what never."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bar_ray import registry, retention, storage
+from bar_ray.cluster.lease import Lease
 from bar_ray.graph import Step
 from bar_ray.registry import Version
 from bar_ray.retention import Keep
@@ -115,3 +118,25 @@ def test_an_unknown_lineage_stops_it(store: Store) -> None:
     storage.write_bytes(place, storage.read_bytes(place).replace(b"inputs", b"imputs"))
     with pytest.raises(UserError, match="was made from is unknown"):
         store.garbage(store.made[0])
+
+
+def test_the_job_plans_deletes_and_stays_away_from_a_run(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"), tmp_path)
+    artifacts = tmp_path / "store" / "artifacts"
+    unfinished = artifacts / ".sft.tmp-nowhere-1-01234567"
+    unfinished.mkdir()
+
+    def collect(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "jobs/gc.py", "conf/tiny.yaml", f"storage={store.root}"]
+        command += ["--older-than", "0", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    planned = collect("--plan")
+    assert planned.stdout.count("nothing refers to it") == 5 and "5 to delete" in planned.stdout
+    assert storage.read_manifest(store.base.artifact.uri)
+    with Lease(store.root, "run", [store.base]).taken():
+        refused = collect()
+        assert refused.returncode == 2 and "run run of " in refused.stderr
+    assert "5 deleted, 0.0 MB" in collect().stdout
+    assert storage.read_manifest(store.base.artifact.uri) is None
+    assert unfinished.exists(), "it may belong to a process of another machine"
