@@ -3,7 +3,7 @@
 `MANIFEST.json` (size and sha256 of every file) comes last: no manifest, no artifact. On a local
 disk the finished directory is renamed into place; object stores cannot rename, so files go under
 `data-<uuid>/` and the manifest naming that prefix is put last. Writers never mix.
-Left out: locks, retries (the AWS client has its own) and any policy of deleting what is old.
+Left out: locks (`cluster.lease`) and any policy of deleting what is old (`retention`).
 """
 
 import contextlib

@@ -19,6 +19,8 @@ from pyarrow import fs as pafs
 
 from bar_ray.types import UserError
 
+S3_ATTEMPTS = 7  # with growing, random pauses between them: about half a minute
+
 # The first pattern found in the system's or the store's words decides what the reader should do.
 HINTS = {
     "NO_SUCH_BUCKET|[Bb]ucket .*not (found|exist)": "create the bucket or correct the URI",
@@ -87,7 +89,14 @@ def join(uri: str, *parts: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _connect(root: str) -> tuple[pafs.FileSystem, str]:
-    return pafs.FileSystem.from_uri(root)
+    filesystem, base = pafs.FileSystem.from_uri(root)
+    if isinstance(filesystem, pafs.S3FileSystem):
+        # A URI cannot say how patient to be. Refusals (403, 404) are not tried again; GCS waits for
+        # 15 minutes by itself.
+        make, (options,) = filesystem.__reduce__()
+        patient = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
+        filesystem = make({**options, "retry_strategy": patient})
+    return filesystem, base
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
