@@ -56,6 +56,9 @@ class Run:
     activation_checkpointing: bool = how(False, "recompute activations in the backward pass")
     checkpoint_every: int = how(100, "steps between checkpoints")
     max_failures: int = how(3, "worker failures survived before the stage fails")
+    max_preemptions: int = how(
+        -1, "announced losses of a node survived beside them; -1: any number"
+    )
 
 
 @dataclass(frozen=True)

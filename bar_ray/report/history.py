@@ -19,7 +19,8 @@ ROUTINE = (
     *("waiting", "started", "trained", "finished", "reused", "checkpoint", "published"),
     *("engine_ready", "held_out"),
 )
-NOT_SURVIVED = ("failed", "weights_repaired")  # the latter follows a `weights_differ`
+# What follows an incident, or comes before the `resumed` it leads to, is not counted once more.
+NOT_SURVIVED = ("failed", "weights_repaired", "preemption")
 
 
 def who(record: Record) -> Who:

@@ -48,7 +48,10 @@ def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
             name=f"{step.verb}-{step.name}-{step.fingerprint}-{run.run_id}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            failure_config=FailureConfig(
+                max_failures=settings.max_failures,
+                max_preemption_failures=settings.max_preemptions,
+            ),
         ),
     )
     result = trainer.fit()
@@ -106,6 +109,7 @@ class Worker:
 
     def __init__(self, step: Step, run: Any) -> None:
         from bar_ray.train.ledger import Ledger
+        from bar_ray.train.notice import Notice
 
         self.step, self.run = step, run
         self.stage: Stage = step.settings["stage"]
@@ -113,6 +117,7 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         prepare_process(self.stage.run.threads)
         self.ledger = Ledger(step)
+        self.notice = Notice(from_first_rank, lambda **f: run.event("preemption", step, **f))
 
     def loop(self) -> dict[str, Any]:
         from bar_ray.model import experts
@@ -133,7 +138,8 @@ class Worker:
                 break
             self._require_finite(metrics)
             self._log(metrics, time.monotonic() - now, started, first)
-            if self.must_checkpoint():
+            noticed = self.notice.wants_checkpoint(self.engine.step)
+            if noticed or self.must_checkpoint():
                 self._checkpoint()
         self.before_output()
         self._finish(time.monotonic() - started)
@@ -195,12 +201,14 @@ class Worker:
         return state
 
     def _checkpoint(self) -> None:
+        started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             self.engine.save(folder, self.checkpoint_state())
             if self.rank == 0:
                 self.ledger.commit(folder, self.engine.step, {}, keep=self.best_step)
                 self.run.event("checkpoint", self.step, at=self.engine.step)
         ray.train.report({"step": self.engine.step})
+        self.notice.saved(time.monotonic() - started)
 
     def _log(self, metrics: dict[str, float], seconds: float, started: float, first: int) -> None:
         if self.rank:

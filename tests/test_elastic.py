@@ -1,0 +1,135 @@
+"""Nodes that come, go and are taken away: real raylets on one machine."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bar_ray.train import notice
+from bar_ray.train.notice import Notice
+
+
+class Preemption:
+    """What Ray Train would say."""
+
+    def __init__(self, node: str, seconds: float) -> None:
+        self.preempted_node_ids = [node]
+        self.deadline_ms = int(1000 * (time.time() + seconds))
+
+
+def test_a_notice_leads_to_a_checkpoint_and_to_a_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+    answer: list[Preemption | None] = [None]
+    monkeypatch.setattr(notice.ray.train, "get_preemption_info", lambda: answer[0])
+    asked = Notice(lambda work: work(), lambda **fields: said.append(fields))
+    now = iter(range(0, 100, 1))
+    monkeypatch.setattr(notice.time, "monotonic", lambda: float(next(now)))  # a step takes 1 s
+    assert not any(asked.wants_checkpoint(step) for step in range(1, 8))
+    assert asked.every == 2
+    asked.saved(3.0)
+    answer[0] = Preemption("a", 100.0)
+    assert [asked.wants_checkpoint(step) for step in (9, 10, 11, 12)] == [False, True, False, False]
+    assert said[0]["at"] == 10 and said[0]["nodes"] == ["a"] and 99 < said[0]["seconds_left"] <= 100
+    answer[0] = Preemption("a", 14.9)  # 2 x (3 s to save + 2 s until the next question) + 5 s
+    assert [asked.wants_checkpoint(step) for step in (14, 16)] == [True, False]
+    answer[0] = Preemption("b", 100.0)
+    assert [asked.wants_checkpoint(step) for step in (18, 20)] == [True, False]
+    assert len(said) == 2
+
+
+# --- on a cluster --------------------------------------------------------------------------------
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that takes no work; a test adds its nodes."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0},
+    )
+    yield made
+    made.shutdown()
+
+
+def drain(cluster: Any, node: Any, seconds: float) -> None:
+    """Announce that a node will be taken away, as a spot notice does."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int((time.time() + seconds) * 1000)
+    accepted = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", deadline)
+    assert accepted[0], accepted
+
+
+def events(store: Path, name: str) -> list[dict[str, Any]]:
+    texts = [path.read_text() for path in store.glob("runs/*/events.jsonl")]
+    found = [json.loads(line) for text in texts for line in text.splitlines()]
+    return [event for event in found if event["event"] == name]
+
+
+def wait_for(what: Callable[[], Any], driver: subprocess.Popen, seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert driver.poll() is None, "the driver ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
+
+
+@slow
+def test_a_preempted_stage_saves_in_time_and_goes_on_elsewhere(
+    cluster: Any, tmp_path: Path
+) -> None:
+    """Nothing between the notice and the deadline is lost but what came after its checkpoint."""
+    first = cluster.add_node(num_cpus=1)
+    job = [
+        sys.executable,
+        "-c",
+        PRETRAIN,
+        f"storage={tmp_path}",
+        f"cluster.address={cluster.address}",
+    ]
+    with subprocess.Popen(job, env={**os.environ, **FAST}) as driver:
+        wait_for(lambda: metrics(tmp_path, 20), driver)
+        cluster.add_node(num_cpus=1)
+        drain(cluster, first, 12)
+        [said] = wait_for(lambda: events(tmp_path, "preemption"), driver, 30)
+        saved = wait_for(lambda: events(tmp_path, "checkpoint"), driver, 10)
+        assert saved[0]["at"] == said["at"]
+        time.sleep(max(0.0, said["time"] + said["seconds_left"] - time.time()))
+        cluster.remove_node(first, allow_graceful=False)
+        assert driver.wait(400) == 0
+    [resumed] = events(tmp_path, "resumed")
+    last = max(
+        event["at"] for event in events(tmp_path, "checkpoint") if event["time"] < resumed["time"]
+    )
+    assert resumed["at"] == last >= said["at"]
+    assert len(events(tmp_path, "trained")) == 1
+
+
+PRETRAIN = """
+import sys
+from bar_ray import config, pipeline
+from bar_ray.cluster import session
+settings = ("steps=600", "seq_len=64", "run.checkpoint_every=10000", "run.cpus_per_worker=1")
+overrides = [f"tiny.pretrain.{setting}" for setting in settings]
+recipe = config.load("conf/tiny.yaml", [*overrides, *sys.argv[1:]])
+session.drive(recipe, [pipeline.Builder(recipe).dense()[1]])
+"""
+FAST = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+
+
+def metrics(store: Path, step: int) -> bool:
+    texts = [path.read_text() for path in store.glob("runs/*/metrics.jsonl")]
+    return any(f'"step": {step},' in text for text in texts)
