@@ -230,7 +230,7 @@ def table(results: Record) -> str:
         f"rollouts while generating: {sync['rollout_tokens_per_s']:.0f} tokens/s; plain vLLM "
         f"{offline['tokens_per_s']:.0f} ({offline['length']:.1f} tokens a completion): "
         f"{results['engine_over_vllm']:.2f}",
-        f"samples per second over TRL: synchronous {results['sync_over_trl']:.1f}, "
-        f"asynchronous {results['async_over_trl']:.1f}",
+        f"samples per second over TRL: synchronous {results['sync_over_trl']:.2f}, "
+        f"asynchronous {results['async_over_trl']:.2f}",
     ]
     return "\n".join(lines)
