@@ -2,10 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +65,57 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made.shutdown()
 
 
-def drain(cluster: Any, node: Any, seconds: float) -> None:
-    """Announce that a node will be taken away, as a spot notice does."""
-    from ray._raylet import GcsClient
-    from ray.core.generated import autoscaler_pb2
+class Metadata(BaseHTTPRequestHandler):
+    """The metadata server of a spot machine, on AWS and on Google."""
 
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline = int((time.time() + seconds) * 1000)
-    accepted = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", deadline)
-    assert accepted[0], accepted
+    taken_at: float | None = None  # epoch seconds
+
+    def do_PUT(self) -> None:
+        assert self.path == "/latest/api/token"
+        assert self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+        self.answer(200, "secret")
+
+    def do_GET(self) -> None:
+        taken_at = type(self).taken_at
+        if self.path == "/computeMetadata/v1/instance/preempted":
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.answer(200, "FALSE" if taken_at is None else "TRUE")
+        elif self.headers["X-aws-ec2-metadata-token"] != "secret":
+            self.answer(401, "")
+        elif taken_at is None:
+            self.answer(404, "")
+        else:
+            assert self.path == "/latest/meta-data/spot/instance-action"
+            goes = datetime.fromtimestamp(taken_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            self.answer(200, json.dumps({"action": "terminate", "time": goes}))
+
+    def answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(Metadata, "taken_at", None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("cloud", "seconds"), [("aws", 90), ("gcp", 30)])
+def test_notices_of_the_clouds(
+    metadata: str, cloud: str, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadline = runpy.run_path("conf/clusters/node/spot_notice.py")["DEADLINES"][cloud]
+    assert deadline(metadata) is None
+    monkeypatch.setattr(Metadata, "taken_at", time.time() + seconds)
+    assert abs(deadline(metadata) - time.time() - seconds) < 2
 
 
 def events(store: Path, name: str) -> list[dict[str, Any]]:
@@ -89,7 +135,7 @@ def wait_for(what: Callable[[], Any], driver: subprocess.Popen, seconds: float =
 
 @slow
 def test_a_preempted_stage_saves_in_time_and_goes_on_elsewhere(
-    cluster: Any, tmp_path: Path
+    cluster: Any, metadata: str, tmp_path: Path
 ) -> None:
     """Nothing between the notice and the deadline is lost but what came after its checkpoint."""
     first = cluster.add_node(num_cpus=1)
@@ -103,7 +149,11 @@ def test_a_preempted_stage_saves_in_time_and_goes_on_elsewhere(
     with subprocess.Popen(job, env={**os.environ, **FAST}) as driver:
         wait_for(lambda: metrics(tmp_path, 20), driver)
         cluster.add_node(num_cpus=1)
-        drain(cluster, first, 12)
+        Metadata.taken_at = time.time() + 15
+        watch = [sys.executable, "conf/clusters/node/spot_notice.py", "--cloud=aws"]
+        watch += [f"--metadata={metadata}", f"--node-id={first.node_id}"]
+        told = subprocess.check_output([*watch, f"--address={cluster.address}"], timeout=30)
+        assert b"this machine goes in 1" in told
         [said] = wait_for(lambda: events(tmp_path, "preemption"), driver, 30)
         saved = wait_for(lambda: events(tmp_path, "checkpoint"), driver, 10)
         assert saved[0]["at"] == said["at"]
@@ -122,7 +172,7 @@ PRETRAIN = """
 import sys
 from bar_ray import config, pipeline
 from bar_ray.cluster import session
-settings = ("steps=600", "seq_len=64", "run.checkpoint_every=10000", "run.cpus_per_worker=1")
+settings = ("steps=150", "seq_len=64", "run.checkpoint_every=10000", "run.cpus_per_worker=1")
 overrides = [f"tiny.pretrain.{setting}" for setting in settings]
 recipe = config.load("conf/tiny.yaml", [*overrides, *sys.argv[1:]])
 session.drive(recipe, [pipeline.Builder(recipe).dense()[1]])
