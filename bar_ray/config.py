@@ -202,8 +202,10 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]
             f"{key}: batch_size {stage.batch_size} does not divide by "
             f"run.num_workers {stage.run.num_workers}"
         )
-    if stage.run.zero_stage not in (0, 1, 2):
-        yield f"{key}.run.zero_stage is {stage.run.zero_stage}; 0, 1 and 2 are supported"
+    # Engines are given tensors that one learner holds whole.
+    most = 2 if isinstance(stage, Rlvr) else 3
+    if not 0 <= stage.run.zero_stage <= most:
+        yield f"{key}.run.zero_stage is {stage.run.zero_stage}; 0 to {most} are supported here"
 
 
 def _learn_problems(key: str, learn: Learn, roles: Sequence[str]) -> Iterator[str]:

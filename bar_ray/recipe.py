@@ -52,7 +52,7 @@ class Run:
     gpus_per_worker: float = how(0.0, "GPUs asked for each worker")
     threads: int = how(1, "torch threads of a worker on CPU")
     micro_batch: int = how(8, "rows in one forward pass of one worker")
-    zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 2")
+    zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 3 (rlvr: to 2)")
     activation_checkpointing: bool = how(False, "recompute activations in the backward pass")
     checkpoint_every: int = how(100, "steps between checkpoints")
     max_failures: int = how(3, "worker failures survived before the stage fails")

@@ -1,5 +1,6 @@
-"""The training engine: real DeepSpeed on gloo, one process."""
+"""The training engine: real DeepSpeed on gloo."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,12 @@ def train(engine: Engine, steps: range) -> list[float]:
 
 
 def state(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    """Every parameter; under ZeRO 3 the model itself holds parts."""
+    state = {}
+    for name, parameter in engine.model.named_parameters():
+        with engine._gathered(parameter):
+            state[name] = parameter.detach().clone()
+    return state
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -82,7 +88,7 @@ def test_learning_rate_follows_role_and_schedule(small_moe: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_continuing_from_a_checkpoint_is_bitwise_the_same(
     small_moe: Path, tmp_path: Path, zero_stage: int, dtype: torch.dtype
 ) -> None:
@@ -115,3 +121,63 @@ def test_checkpoint_holds_only_what_learns(small_moe: Path, tmp_path: Path) -> N
 
     assert set(load_file(tmp_path / "weights.safetensors")) == names
     assert {tensors.role_of(name) for name in names} == {"expert"}
+
+
+# --- another number of workers -------------------------------------------------------------------
+
+RESIZED = ((2, range(0, 2)), (1, range(2, 4)), (3, range(4, 6)))  # (workers, steps)
+LEARN = Learn(expert=1.0, router=1.0, embedding=0.1, attention=1.0)
+
+
+def train_globally(run: Engine, steps: range) -> list[float]:
+    """Six rows a step whatever the number of workers; each rank takes its share of them."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    losses = []
+    for step in steps:
+        tokens = torch.randint(0, 40, (6, 12), generator=torch.Generator().manual_seed(step))
+        mine = tokens[rank * 6 // world : (rank + 1) * 6 // world]
+        positions = torch.arange(12).expand(len(mine), -1)
+        part = MicroBatch(mine, (positions > 0).long(), positions)
+        found = run.forward_backward(
+            [part], lambda part: language_model_loss(run.model, part, 66, 72, 0.0)
+        )
+        losses.append(found["loss"])
+        run.optim_step()
+    return losses
+
+
+def work(rank: int, world: int, steps: range, model: Path, folder: Path) -> None:
+    """Continue each ZeRO stage from its checkpoint, and leave losses and weights in `folder`."""
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    store = f"file://{folder}/store-{world}"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world)
+    for zero_stage in (1, 2, 3):
+        run, place = engine(model, LEARN, zero_stage), folder / f"zero-{zero_stage}"
+        if steps.start:
+            assert run.load(place / f"step-{steps.start}") == {"step": steps.start}
+        losses = train_globally(run, steps)
+        checkpoint = place / f"step-{steps.stop}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
+        run.save(checkpoint, {})
+        weights = run.weights()
+        if rank == 0:
+            torch.save((losses, weights), checkpoint / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_may_change(small_moe: Path, tmp_path: Path) -> None:
+    """2, then 1, then 3 workers, under ZeRO 1 to 3: as if there had always been one."""
+    constant = engine(small_moe, LEARN)
+    expected = train_globally(constant, range(6))
+    for world, steps in RESIZED:
+        torch.multiprocessing.spawn(work, (world, steps, small_moe, tmp_path), nprocs=world)
+    for zero_stage in (1, 2, 3):
+        place, losses = tmp_path / f"zero-{zero_stage}", []
+        for _, steps in RESIZED:
+            found, weights = torch.load(place / f"step-{steps.stop}" / "result.pt")
+            losses += found
+        assert losses == pytest.approx(expected, rel=1e-4)
+        for name, value in constant.weights().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from bar_ray.model import tensors
@@ -164,6 +164,16 @@ def disk_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def save(model: PreTrainedModel, folder: str | Path, side_files: str | Path | None) -> None:
     """Write the model as a Hugging Face folder; `side_files` is where its tokenizer lies."""
-    stored = {name: value.cpu() for name, value in disk_tensors(model).items()}
+    write(model.config, disk_tensors(model), folder, side_files)
+
+
+def write(
+    config: PreTrainedConfig,
+    stored: dict[str, torch.Tensor],
+    folder: str | Path,
+    side_files: str | Path | None,
+) -> None:
+    """Write tensors by name on disk as a Hugging Face folder."""
+    stored = {name: value.cpu() for name, value in stored.items()}
     specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in stored.items()}
-    tensors.write(folder, model.config.to_dict(), specs, stored.__getitem__, side_files)
+    tensors.write(folder, config.to_dict(), specs, stored.__getitem__, side_files)

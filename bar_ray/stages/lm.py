@@ -227,12 +227,15 @@ class Worker:
         )
 
     def _finish(self, seconds: float) -> None:
+        from bar_ray.model import experts
+
+        weights = self.engine.weights()
         if self.rank:
             return
         tokens = self.num_steps * self.stage.batch_size * self.stage.seq_len
         info = {"steps": self.num_steps, "tokens": tokens}
         with self.run.output(self.step, info) as folder:
-            self.engine.export(folder, self.model_folder)
+            experts.write(self.engine.model.config, weights, folder, self.model_folder)
             self.finish_output(folder)
         self.run.event("trained", self.step, seconds=seconds, **info)
         self.ledger.clear()

@@ -1,10 +1,11 @@
-"""DeepSpeed behind four verbs: forward_backward, optim_step, save, export.
+"""DeepSpeed behind four verbs: forward_backward, optim_step, save, weights.
 
 Training state is kept by tensor name as safetensors (weights, both Adam moments) with a JSON of
 scalars. It does not depend on the number of workers or the ZeRO stage, and holds no pickle:
 DeepSpeed's own shards do both.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -51,6 +55,10 @@ class Engine:
         self.model = model
         bf16 = next(model.parameters()).dtype == torch.bfloat16
         self._plain = not bf16 and stage.run.zero_stage == 0  # DeepSpeed leaves our optimizer alone
+        self._whole = stage.run.zero_stage < 3  # every rank holds every parameter
+        for block in experts.moe_blocks(model):  # a list's parameters are no module's own
+            for row in block.gate.rows:
+                deepspeed.zero.register_external_parameter(block.gate, row)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._config(bf16), dist_init_required=False
         )
@@ -192,38 +200,62 @@ class Engine:
         return safe_get_full_optimizer_state(parameter, moment).cpu().clone()
 
     def _set_param(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        parameter.data.copy_(value)
-        if not self._plain:
+        with self._gathered(parameter, changed=True):
+            parameter.data.copy_(value)
+        if not self._whole:
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+        elif not self._plain:
             safe_set_full_fp32_param(parameter, value.to(self.device))
 
     def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
         if self._plain:
             self.optimizer.state[parameter][moment] = value.to(parameter.device)
-        else:
+        elif self._whole:
             safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
+        else:
+            part = self._own_part(parameter, value)
+            safe_set_local_optimizer_state(parameter, part, moment)
+
+    def _own_part(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor under ZeRO 3.
+
+        The last part is padded, which DeepSpeed's setters of whole tensors do not know.
+        """
+        size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+        padded = F.pad(value.flatten().to(self.device), (0, size * self.world - value.numel()))
+        return padded[rank * size : (rank + 1) * size]
 
     def _link_moments(self) -> None:
-        """Make every moment reachable by its parameter under ZeRO 1 and 2.
+        """Make every moment reachable by its parameter under ZeRO, before the first step too.
 
-        DeepSpeed links them once, after the first step of the first group only, so with several
+        ZeRO 1 and 2 link them once, after the first step of the first group only, so with several
         groups (one per role) the others would stay unknown.
         """
         if self._plain:
             return
-        base = self.optimizer.optimizer
-        for partition in self.optimizer.single_partition_of_fp32_groups:
-            base.state[partition].setdefault("step", self._count(0))
+        for partition in self._partitions():
+            state = self.optimizer.optimizer.state[partition]
+            state.setdefault("step", self._count(0))
             for moment in MOMENTS:
-                base.state[partition].setdefault(moment, torch.zeros_like(partition))
-        self.optimizer._hp_optimizer_states_linked = False
-        self.optimizer._lazy_init_hp_params_optimizer_state()
+                state.setdefault(moment, torch.zeros_like(partition))
+        if self._whole:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """What this rank updates of each group under ZeRO, in fp32."""
+        zero = self.optimizer
+        return (
+            zero.single_partition_of_fp32_groups
+            if self._whole
+            else zero.fp32_partitioned_groups_flat
+        )
 
     def _set_adam_steps(self) -> None:
         if self._plain:
             states = [self.optimizer.state[p] for p in freeze.trainable(self.model).values()]
         else:
-            base = self.optimizer.optimizer
-            states = [base.state[p] for p in self.optimizer.single_partition_of_fp32_groups]
+            states = [self.optimizer.optimizer.state[p] for p in self._partitions()]
         for state in states:
             state["step"] = self._count(self.updates)
 
@@ -231,7 +263,18 @@ class Engine:
         """Fused Adam keeps its step count beside the parameters."""
         return torch.tensor(float(updates), device=self.device)
 
-    def export(self, folder: str | Path, side_files: str | Path) -> None:
-        """Write the model as a Hugging Face folder (rank 0)."""
-        if torch.distributed.get_rank() == 0:
-            experts.save(self.model, folder, side_files)
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every tensor by its name on disk, in host memory: every rank calls, rank 0 gets them."""
+        named = {}
+        for name, parameter in self.model.named_parameters():
+            with self._gathered(parameter):
+                if torch.distributed.get_rank() == 0:
+                    held = parameter.detach().cpu()
+                    named[name] = held if self._whole else held.clone()
+        return experts.stack_routers(named)
+
+    def _gathered(self, parameter: torch.nn.Parameter, changed: bool = False) -> Any:
+        """The whole parameter inside a `with`; under ZeRO 3 a rank holds a part of it."""
+        if self._whole:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(parameter, modifier_rank=0 if changed else None)
