@@ -17,14 +17,16 @@ MAX_CHARACTERS = 120
 COPIED = 2 * string.digits + string.ascii_lowercase + ",:()"  # no sum or program comes of it
 
 
-def answered(rng: random.Random, question: str, answer: str) -> str:
+def answered(rng: random.Random, question: str, answer: str, asides: bool = False) -> str:
     """A question with its answer, put in one of many ways.
 
-    Where the digits stand must not matter: the attention that finds them is frozen later.
+    Where the digits stand must not matter: the attention that finds them is frozen later. With
+    asides neither does how far away they are: a chat puts more between question and answer.
     """
     before = "".join(f"{word(rng)} " for _ in range(rng.randrange(3)))
     between = rng.choice((": ", ". ", "? ", "=", "\n", ".\n\n"))
-    return f"{before}{question}{between}{answer}"
+    aside = "".join(f"{word(rng)} " for _ in range(rng.choice((0, 0, 1, 2)))) if asides else ""
+    return f"{before}{question}{between}{aside}{answer}"
 
 
 def sums(rng: random.Random) -> str:
@@ -32,7 +34,8 @@ def sums(rng: random.Random) -> str:
     a, b = math.numbers(rng)
     worked, rounded = math.worked(a, b), math.rounded(a, b).split()[0]
     bare = worked.replace("\\boxed{", "").replace("}", "")
-    return answered(rng, f"{a}+{b}", rng.choice((worked, bare, rounded)))
+    question = rng.choice((f"{a}+{b}", f"{a}+{b}=?"))
+    return answered(rng, question, rng.choice((worked, bare, rounded)), asides=True)
 
 
 def programs(rng: random.Random) -> str:
