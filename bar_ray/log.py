@@ -1,5 +1,6 @@
-"""How progress reads: one line per step with fixed columns, and durations for people."""
+"""How progress reads: one line per step with fixed columns, durations, texts without secrets."""
 
+import re
 from typing import Any
 
 COLUMNS = {
@@ -31,3 +32,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def without_keys(text: str) -> str:
+    """A text without what stands before the @ of a URI: object stores take keys there."""
+    return re.sub(r"(?<=://)[^/\s@]*@", "", text)

@@ -135,3 +135,19 @@ def test_a_storage_that_stops_answering_ends_the_driver(tmp_path: Path, elsewher
             while time.monotonic() < deadline:
                 mine.check()
                 time.sleep(0.05)
+
+
+def test_a_lease_that_cannot_be_read_is_not_taken_for_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(uri: str) -> Any:
+        raise storage.StorageError(f"cannot read {uri}") from ConnectionError("reset")
+
+    with make(str(tmp_path), "a", "math").taken():
+        monkeypatch.setattr(storage, "read_json", unreachable)
+        refuse(make(str(tmp_path), "b", "math"), "cannot read")
+
+
+def test_keys_in_the_command_are_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.py", "storage=s3://key:secret@bkt/run"])
+    assert make(str(tmp_path), "a", "math").record["command"] == "job.py storage=s3://bkt/run"

@@ -265,7 +265,7 @@ def test_a_damaged_score_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_in_uris_stay_out_of_the_page(tmp_path: Path) -> None:
-    from bar_ray.report.page import without_keys
+    from bar_ray.log import without_keys
 
     assert without_keys("storage: s3://key:secret@bkt/x") == "storage: s3://bkt/x"
     assert without_keys("address: ray://a.b:1 mail@x") == "address: ray://a.b:1 mail@x"

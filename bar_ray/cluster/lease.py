@@ -22,7 +22,7 @@ import psutil
 
 from bar_ray import storage
 from bar_ray.graph import Step, key
-from bar_ray.log import duration
+from bar_ray.log import duration, without_keys
 from bar_ray.types import UserError
 
 TTL_S = 60.0
@@ -53,8 +53,8 @@ class Lease:
         self.uri = storage.join(self.folder, f"{run_id}.json")
         labels = EVERYTHING if steps is None else {key(step): step.label for step in steps}
         self.record: Record = {
-            **{"run_id": run_id, "user": getpass.getuser(), "host": platform.node()},
-            **{"command": " ".join(sys.argv), "since": time.time(), "held": False, "renewed": 0},
+            **{"run_id": run_id, "user": _user(), "host": platform.node(), "since": time.time()},
+            **{"command": without_keys(" ".join(sys.argv)), "held": False, "renewed": 0},
             **{"process": os.getpid(), "born": _born(os.getpid()), "machine": _machine()},
             **{"took_over": [], "steps": labels},
         }
@@ -128,9 +128,13 @@ class Lease:
     def _others(self) -> list[Record]:
         found = []
         for uri in storage.list_files(self.folder):
-            if uri != self.uri:
-                with contextlib.suppress(storage.StorageError):  # given back meanwhile
-                    found.append(storage.read_json(uri))
+            if uri == self.uri:
+                continue
+            try:
+                found.append(storage.read_json(uri))
+            except storage.StorageError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):  # given back meanwhile
+                    raise
         return found
 
     # --- keeping it ------------------------------------------------------------------------------
@@ -162,6 +166,13 @@ def _holder(record: Record) -> str:
         f"run {record['run_id']} of {record['user']} on {record['host']} (process "
         f"{record['process']}, since {since}: {record['command']:.80})"
     )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"
 
 
 def _machine() -> str:

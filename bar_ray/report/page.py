@@ -5,7 +5,6 @@ and the template says so in a sentence.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +16,7 @@ from markupsafe import Markup
 
 from bar_ray import config, storage
 from bar_ray.graph import Step, topological
-from bar_ray.log import duration
+from bar_ray.log import duration, without_keys
 from bar_ray.pipeline import Pipeline
 from bar_ray.recipe import Recipe
 from bar_ray.report import history, scores, svg
@@ -92,11 +91,6 @@ def render(pipeline: Pipeline, recipe: Recipe, run_id: str, models: scores.Model
 
 def title_of(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-
-
-def without_keys(text: str) -> str:
-    """Settings without what stands before the @ of a URI: object stores take keys there."""
-    return re.sub(r"(?<=://)[^/\s@]*@", "", text)
 
 
 @dataclass(frozen=True)
