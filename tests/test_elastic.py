@@ -172,7 +172,7 @@ PRETRAIN = """
 import sys
 from bar_ray import config, pipeline
 from bar_ray.cluster import session
-settings = ("steps=150", "seq_len=64", "run.checkpoint_every=10000", "run.cpus_per_worker=1")
+settings = ("steps=500", "seq_len=64", "run.checkpoint_every=10000", "run.cpus_per_worker=1")
 overrides = [f"tiny.pretrain.{setting}" for setting in settings]
 recipe = config.load("conf/tiny.yaml", [*overrides, *sys.argv[1:]])
 session.drive(recipe, [pipeline.Builder(recipe).dense()[1]])
