@@ -100,7 +100,7 @@ def folder(larger_moe: Path) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # for the class above
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=here)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=here)
     yield
     ray.shutdown()
 

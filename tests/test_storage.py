@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bar_ray import storage
-from bar_ray.storage import StorageError, files
+from bar_ray.storage import StorageError, files, uris
 from bar_ray.types import UserError
 
 
@@ -261,7 +261,10 @@ print(peak() - before)
     assert int(child.communicate(timeout=60)[0]) < 90, "MiB more than before the upload"
 
 
-def test_foreseeable_failures_are_two_lines_and_lose_nothing(s3: str, tmp_path: Path) -> None:
+def test_foreseeable_failures_are_two_lines_and_lose_nothing(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uris, "S3_ATTEMPTS", 1)  # for the endpoint where nobody answers
     (tmp_path / "file").write_text("")
     wrong = {
         str(tmp_path / "file/store"): "a file is where",
