@@ -46,7 +46,6 @@ class Keep:
 
 def garbage(root: str, steps: Iterable[Step], keep: Keep) -> list[Garbage]:
     """Everything under a storage root that may be deleted, oldest first."""
-    live = referenced(root, steps, keep)
     sizes: dict[str, int] = defaultdict(int)
     newest: dict[str, float] = defaultdict(float)
     finished = set()
@@ -57,6 +56,7 @@ def garbage(root: str, steps: Iterable[Step], keep: Keep) -> list[Garbage]:
             newest[place] = max(newest[place], changed)
             if name == f"{place}/{storage.MANIFEST}":
                 finished.add(place)
+    live = referenced(root, steps, keep, finished)
     now = time.time()
     found = [
         Garbage(storage.join(root, place), reason, sizes[place], now - newest[place])
@@ -82,8 +82,8 @@ def _reason(place: str, live: set[str], finished: set[str]) -> str:
     return "nothing refers to it" if kind == "artifacts" else "of a step nobody plans"
 
 
-def referenced(root: str, steps: Iterable[Step], keep: Keep) -> set[str]:
-    """Fingerprints that must stay."""
+def referenced(root: str, steps: Iterable[Step], keep: Keep, finished: set[str]) -> set[str]:
+    """Fingerprints that must stay; `finished` are the places with a manifest."""
     wanted = {step.fingerprint for step in topological(steps)}
     for run in _runs(root)[-keep.runs :] if keep.runs else ():
         wanted |= {entry["fingerprint"] for entry in run.get("plan", ())}
@@ -93,7 +93,7 @@ def referenced(root: str, steps: Iterable[Step], keep: Keep) -> set[str]:
         for version in (*known[-keep.versions :], best) if keep.versions else ():
             wanted |= {version.fingerprint} if version else set()
             wanted |= {line.split()[-1] for line in version.lineage} if version else set()
-    return _with_lineage(root, wanted)
+    return _with_lineage(root, wanted, finished)
 
 
 def _runs(root: str) -> list[dict[str, Any]]:
@@ -106,31 +106,23 @@ def _runs(root: str) -> list[dict[str, Any]]:
     return sorted(map(storage.read_json, uris), key=lambda run: run.get("started", 0.0))
 
 
-def _with_lineage(root: str, wanted: set[str]) -> set[str]:
+def _with_lineage(root: str, wanted: set[str], finished: set[str]) -> set[str]:
     """The fingerprints and those of everything their artifacts were made from."""
-    places = {}
-    for name, _, _ in storage.tree(storage.join(root, "artifacts")):
-        parts = name.split("/")
-        if len(parts) == 4 and parts[3] == storage.MANIFEST:
-            places[parts[2]] = "/".join(parts[:3])
+    artifacts = [place for place in finished if place.startswith("artifacts/")]
+    places = {place.rsplit("/", 1)[1]: place for place in artifacts}
     live, new = set(), set(wanted)
     while new:
         live |= new
         found: set[str] = set()
         for fingerprint in new & places.keys():
-            uri = storage.join(root, "artifacts", places[fingerprint])
+            uri = storage.join(root, places[fingerprint])
             try:
                 manifest = storage.read_manifest(uri)
             except storage.Damaged as error:
                 raise UserError(f"what {uri} was made from is unknown: {error}") from error
             info = manifest.info if manifest else {}
             found |= set(info.get("inputs", {}).values())
-            # Kept rollouts, for one, are read as data: by path.
-            found |= {f for f in places if f"/{f}" in json.dumps(info.get("data", {}))}
+            data = json.dumps(info.get("data", {}))  # kept rollouts, for one, are read by path
+            found |= {f for f in places if f"/{f}" in data}
         new = found - live
     return live
-
-
-def delete(items: Iterable[Garbage]) -> None:
-    for item in items:
-        storage.delete(item.uri)

@@ -27,8 +27,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
         for line in (*map(str, items), *(f"unfinished  {uri}" for uri in leftovers)):
             print(line)
         if not args.plan:
-            retention.delete(items)
-            for uri in leftovers:
+            for uri in (*(item.uri for item in items), *leftovers):
                 storage.delete(uri)
     size, count = sum(item.size for item in items), len(items) + len(leftovers)
     print(f"{count} {'to delete' if args.plan else 'deleted'}, {size / 1e6:,.1f} MB")

@@ -53,7 +53,7 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster() -> Iterator[Any]:
     """A head that takes no work; a test adds its nodes."""
     from ray.cluster_utils import Cluster
 

@@ -108,7 +108,8 @@ def test_what_work_left_behind_may_go_unless_it_can_continue(store: Store, tmp_p
         "checkpoints/ray_train/sft-code-1": "of a run that has ended",
         "quarantine/sft/code/f": "damaged",
     }
-    retention.delete(retention.garbage(store.root, [running, *store.made.values()], AT_ONCE))
+    for item in retention.garbage(store.root, [running, *store.made.values()], AT_ONCE):
+        storage.delete(item.uri)
     assert store.garbage(*store.made.values(), running) == {}
     assert storage.exists(storage.join(store.root, store.path(running, "checkpoints")))
 

@@ -90,14 +90,15 @@ class Lease:
         while rivals := [r for r in self._others() if self._shared(r)]:
             for rival in rivals:
                 name, now = rival["run_id"], time.monotonic()
+                is_here, is_gone = _is_here(rival), _is_gone(rival)
                 if name not in seen:
                     seen[name] = (rival["renewed"], now)
-                    if not _is_here(rival):
+                    if not is_here:
                         wait = duration(GONE_AFTER * self.ttl_s)
                         say(f"{_holder(rival)} may be at work; waiting up to {wait} to see")
                 renewed, since = seen[name]
-                is_alive = rival["renewed"] != renewed or (_is_here(rival) and not _is_gone(rival))
-                if _is_gone(rival) or (not is_alive and now - since > GONE_AFTER * self.ttl_s):
+                is_alive = rival["renewed"] != renewed or (is_here and not is_gone)
+                if is_gone or (not is_alive and now - since > GONE_AFTER * self.ttl_s):
                     self._take_over(rival, say)
                 elif is_alive and (rival["held"] or name < self.record["run_id"]):
                     raise UserError(self._refusal(rival))

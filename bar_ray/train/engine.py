@@ -56,7 +56,8 @@ class Engine:
         bf16 = next(model.parameters()).dtype == torch.bfloat16
         self._plain = not bf16 and stage.run.zero_stage == 0  # DeepSpeed leaves our optimizer alone
         self._whole = stage.run.zero_stage < 3  # every rank holds every parameter
-        for block in experts.moe_blocks(model):  # a list's parameters are no module's own
+        # Only ZeRO 3 must know of them: a list's parameters are no module's own.
+        for block in () if self._whole else experts.moe_blocks(model):
             for row in block.gate.rows:
                 deepspeed.zero.register_external_parameter(block.gate, row)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
