@@ -80,6 +80,11 @@ def test_versions_of_an_expert_stay_with_what_they_were_made_from(store: Store) 
     assert store.path(store.base) in store.garbage(keep=Keep(1, 0, -60))
 
 
+def test_what_a_kept_artifact_was_made_from_stays(store: Store) -> None:
+    store.planned("1", 1.0, store.made[0])  # and nothing says what that needs but its manifest
+    assert store.garbage().keys() == {store.path(store.made[n]) for n in (1, 2, 3)}
+
+
 def test_data_that_a_kept_artifact_was_made_from_stays(store: Store) -> None:
     rollouts = store.step("rollouts", "math", 0)
     store.commit(rollouts)
