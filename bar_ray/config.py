@@ -33,8 +33,7 @@ DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from YAML, apply `key=value` overrides, check it."""
-    raw = _read_yaml(Path(path))
-    raw["experts"] = _include_experts(raw.get("experts") or {}, Path(path))
+    raw = _read_recipe(Path(path))
     known_experts = tuple(raw["experts"])
     try:
         merged = OmegaConf.merge(OmegaConf.create(raw), _dotlist(overrides))
@@ -51,6 +50,20 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load` accepts."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's file with its experts' files, on top of the recipe it `extends`, if any."""
+    if path.resolve() in above:
+        raise UserError(f"{path}: `extends` comes back to itself")
+    raw = _read_yaml(path)
+    raw["experts"] = _include_experts(raw.get("experts") or {}, path)
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    below = _read_recipe(path.parent / str(parent), (*above, path.resolve()))
+    merged = OmegaConf.to_container(OmegaConf.merge(below, raw))
+    return {str(key): value for key, value in merged.items()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -90,7 +103,7 @@ def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
         if not isinstance(expert, DictConfig | None):
             raise UserError(f"experts.{name}: must be stages with settings, not {expert!r:.60}")
         for stage, settings in (expert or {}).items():
-            if not isinstance(settings, DictConfig | None):
+            if stage in STAGES and not isinstance(settings, DictConfig | None):
                 raise UserError(f"experts.{name}.{stage}: must be settings, not {settings!r:.60}")
         if name not in known:
             hint = nearest(name, known) or f"the experts are {', '.join(known)}"
@@ -164,11 +177,18 @@ def _positive(key: str, section: Any, names: Sequence[str]) -> Iterator[str]:
             yield f"{key}.{name} is {getattr(section, name)}; it must be above 0"
 
 
+def _at_most(key: str, section: Any, low: str, high: str) -> Iterator[str]:
+    least, most = getattr(section, low), getattr(section, high)
+    if not 0 <= least <= most:
+        yield f"{key}.{low} is {least}; it must be between 0 and {key}.{high}, {most}"
+
+
 def _expert_problems(key: str, expert: Expert, recipe: Recipe) -> Iterator[str]:
     name = key.removeprefix("experts.")
     if not re.fullmatch(DOMAIN_NAME, name):
         yield f"experts.{name}: a name may hold letters, digits, '_', '-' and '.'"
     stages = {name: getattr(expert, name) for name in STAGES}
+    yield from _positive(key, expert, ("weight",))
     if not any(stages.values()):
         yield f"{key}: an expert needs at least one stage of {', '.join(STAGES)}"
     for name, stage in stages.items():
@@ -197,11 +217,12 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]
     yield from _choice(f"{key}.schedule", stage.schedule, SCHEDULES)
     yield from _choice(f"{key}.dtype", stage.dtype, ("bfloat16", "float32"))
     yield from _learn_problems(key, stage.learn, roles)
-    if stage.run.num_workers > 0 and stage.batch_size % stage.run.num_workers:
+    if stage.run.num_workers > stage.batch_size > 0:
         yield (
-            f"{key}: batch_size {stage.batch_size} does not divide by "
-            f"run.num_workers {stage.run.num_workers}"
+            f"{key}.run.num_workers is {stage.run.num_workers}; with a batch_size of "
+            f"{stage.batch_size} the others would have nothing to do"
         )
+    yield from _at_most(f"{key}.run", stage.run, "min_workers", "num_workers")
     # Engines are given tensors that one learner holds whole.
     most = 2 if isinstance(stage, Rlvr) else 3
     if not 0 <= stage.run.zero_stage <= most:
@@ -223,6 +244,7 @@ def _rlvr_problems(key: str, rlvr: Rlvr, recipe: Recipe) -> Iterator[str]:
     rollout = rlvr.rollout
     names = ("max_tokens", "num_engines", "tensor_parallel", "threads", "max_num_seqs", "graders")
     yield from _positive(f"{key}.rollout", rollout, names)
+    yield from _at_most(f"{key}.rollout", rollout, "min_engines", "num_engines")
     if rollout.max_tokens >= rlvr.seq_len:
         yield (
             f"{key}.rollout.max_tokens is {rollout.max_tokens}; with a prompt it must fit into "

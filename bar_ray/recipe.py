@@ -47,9 +47,13 @@ class Learn:
 class Run:
     """How a training stage is run."""
 
-    num_workers: int = how(1, "Ray Train workers (data-parallel ranks)")
+    num_workers: int = how(1, "Ray Train workers (data-parallel ranks), the most of them")
+    min_workers: int = how(0, "fewest workers that others may leave it in the pool; 0: no fewer")
     cpus_per_worker: float = how(1.0, "CPUs asked for each worker")
     gpus_per_worker: float = how(0.0, "GPUs asked for each worker")
+    resources: dict[str, float] = how(
+        dict, "what else each worker asks for, such as {train_pool: 1} to choose the kind of node"
+    )
     threads: int = how(1, "torch threads of a worker on CPU")
     micro_batch: int = how(8, "rows in one forward pass of one worker")
     zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 3 (rlvr: to 2)")
@@ -116,10 +120,12 @@ class Rollout:
     max_tokens: int = what(2048, "longest completion, tokens")
     temperature: float = what(1.0, "sampling temperature, applied in the learner too")
     top_p: float = what(1.0, "must stay 1: truncated sampling biases the importance ratio")
-    num_engines: int = how(1, "vLLM engines, each in its own actor and placement group")
+    num_engines: int = how(1, "vLLM engines, each in its own placement group, the most of them")
+    min_engines: int = how(0, "fewest engines that others may leave it in the pool; 0: no fewer")
     tensor_parallel: int = how(1, "GPUs of one engine")
     cpus_per_engine: float = how(1.0, "CPUs asked for each engine")
     gpus_per_engine: float = how(0.0, "GPUs asked for each engine")
+    resources: dict[str, float] = how(dict, "what else each engine asks for")
     threads: int = how(1, "OpenMP threads of an engine on CPU")
     max_num_seqs: int = how(256, "sequences an engine decodes at once")
     kv_cache_gib: float = how(1.0, "KV cache of one engine on CPU, GiB")
@@ -200,6 +206,8 @@ class Expert:
     midtrain: Midtrain | None = what(None, "continued pretraining on raw domain text")
     sft: Sft | None = what(None, "supervised finetuning")
     rlvr: Rlvr | None = what(None, "reinforcement learning with verifiable rewards")
+    weight: float = how(1.0, "its share of the pool beside the other experts'")
+    priority: int = how(0, "an expert with a higher one is served first by the pool")
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,7 @@ class Evaluate:
     num_engines: int = how(1, "vLLM actors under Ray Data for one checkpoint")
     cpus_per_engine: float = how(1.0, "CPUs asked for each actor")
     gpus_per_engine: float = how(0.0, "GPUs asked for each actor")
+    resources: dict[str, float] = how(dict, "what else each actor asks for")
 
 
 @dataclass(frozen=True)
@@ -253,6 +262,7 @@ class Cluster:
     """The Ray cluster."""
 
     address: str = how("", "Ray address; empty is $RAY_ADDRESS, or else a new local cluster")
+    resize_s: float = how(60.0, "shortest time between two growths of one stage, seconds")
     num_cpus: float = how(0, "logical CPUs of a local cluster; 0 is the machine's")
     object_store_gib: float = how(0.5, "object store of a local cluster, GiB")
 

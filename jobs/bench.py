@@ -2,18 +2,20 @@
 
     python jobs/bench.py conf/tiny.yaml --what rlvr --expert code
     python jobs/bench.py conf/tiny.yaml --what sandbox --minutes 10
+    python jobs/bench.py conf/tiny.yaml --what pool
 
 `rlvr`: asynchronous over synchronous RLVR, the engines over plain vLLM, both over TRL's
 GRPOTrainer, from the same checkpoint (trained first when it is not there yet). `sandbox`: honest
 and hostile programs side by side, what they leave behind, and runs per second over bare Python.
-Figures also go to <storage>/bench/<time>/ as JSON.
+`pool`: three experts of different length on one pool of logical GPUs, over the lower bound, one
+after another and equal shares. Figures also go to <storage>/bench/<time>/ as JSON.
 """
 
 import argparse
 import time
 
 from bar_ray import storage
-from bar_ray.bench import rlvr, sandbox
+from bar_ray.bench import pool, rlvr, sandbox
 from bar_ray.cluster import session
 from bar_ray.config import Cli, pick
 from bar_ray.recipe import Recipe
@@ -25,6 +27,8 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.what == "sandbox":
         results = sandbox.run(args.slots, args.minutes * 60, root)
         return print(sandbox.table(results))
+    if args.what == "pool":
+        return print(pool.table(pool.run(root)))
     pick("expert", args.expert, recipe.experts)
     bench = rlvr.Bench(recipe, args.expert, args.staleness, root)
     if args.plan:
@@ -33,7 +37,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli = Cli(__doc__).add("--what", default="rlvr", choices=("rlvr", "sandbox"))
+    cli = Cli(__doc__).add("--what", default="rlvr", choices=("rlvr", "sandbox", "pool"))
     cli.add("--expert", default="code", help="whose RLVR stage")
     cli.add("--staleness", type=int, default=4, help="max_staleness of the asynchronous side")
     cli.add("--minutes", type=float, default=10, help="how long sandboxes are used")

@@ -1,11 +1,11 @@
 """What several test files share: a throwaway Ray token, an S3 server, a small random model."""
 
 import atexit
-import logging
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,27 +18,24 @@ os.environ["BAR_RAY_CACHE"] = tempfile.mkdtemp(prefix="bar_ray-cache-")
 atexit.register(shutil.rmtree, os.environ["BAR_RAY_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A port that nobody listens on."""
+
+    def find() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return server.getsockname()[1]
+
+    return find
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """The query that leads to a real S3-protocol server with the bucket `bkt`."""
-    import pyarrow.fs
-    from moto.server import ThreadedMotoServer
+    from bar_ray.bench.outages import serving
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "x")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        server.start()
-        endpoint = "{}:{}".format(*server.get_host_and_port())
-        pyarrow.fs.S3FileSystem(
-            endpoint_override=endpoint, scheme="http", allow_bucket_creation=True
-        ).create_dir("bkt")
-        yield f"?endpoint_override={endpoint}&scheme=http"
-        server.stop()
+    with serving() as (_, query):
+        yield query
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -81,7 +81,11 @@ def test_experts_may_live_in_files_of_their_own(recipe_file: str, tmp_path: Path
         ("experts.math.sft.warmup=3", "between 0 and 1"),
         ("experts.math.rlvr.rollout.top_p=0.9", "importance ratio"),
         ("experts.math.rlvr.grpo.samples=1", "at least 2 samples"),
-        ("experts.math.sft.run.num_workers=7", "does not divide"),
+        ("experts.math.sft.run.num_workers=99", "would have nothing to do"),
+        ("experts.math.sft.run.min_workers=9", "min_workers is 9; it must be between 0 and"),
+        ("experts.math.rlvr.rollout.min_engines=2", "num_engines, 1"),
+        ("experts.math.weight=0", "experts.math.weight is 0.0; it must be above 0"),
+        ("experts.math.wieght=2", "weight"),
         ("experts.math.sft.run.num_workers=0", "num_workers is 0; it must be above 0"),
         ("experts.math.sft.run.checkpoint_every=0", "checkpoint_every is 0"),
         ("experts.math.rlvr.rollout.max_tokens=9999", "must fit into"),
@@ -142,3 +146,20 @@ def test_loading_a_config_imports_neither_torch_nor_ray(recipe_file: str) -> Non
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_recipe_may_extend_another(tmp_path: Path) -> None:
+    tiny = Path("conf/tiny.yaml").resolve()
+    (tmp_path / "more.yaml").write_text(
+        f"extends: {tiny}\nseed: 3\nexperts: {{math: null, code: {{sft: {{steps: 7}}}}}}"
+    )
+    found, base = config.load(str(tmp_path / "more.yaml")), config.load(str(tiny))
+    assert (found.seed, found.experts["code"].sft.steps) == (3, 7)
+    assert found.experts["code"].sft.data == base.experts["code"].sft.data
+    assert [*found.experts] == ["code", "tool_use", "safety"] and found.router == base.router
+    (tmp_path / "loop.yaml").write_text("extends: loop.yaml")
+    with pytest.raises(UserError, match="comes back to itself"):
+        config.load(str(tmp_path / "loop.yaml"))
+    (tmp_path / "lost.yaml").write_text("extends: nowhere.yaml")
+    with pytest.raises(UserError, match="cannot read the config"):
+        config.load(str(tmp_path / "lost.yaml"))

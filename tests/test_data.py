@@ -147,14 +147,19 @@ def test_steps_come_from_epochs_when_not_given() -> None:
     assert steps_of(0, 2.0, 10, 500) == 100
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 7, 9])
 def test_global_batch_does_not_change_with_workers(tmp_path: Path, world: int) -> None:
     packed(tmp_path, [8] * 40, 8, split=False)
     stage = Stage(steps=5, batch_size=8, seq_len=8, run=Run(num_workers=world, micro_batch=3))
     batches = Batches([str(tmp_path)], [1.0], stage, seed=0)
     for step in range(5):
         parts = [batches(step, rank, world) for rank in range(world)]
-        rows = {tuple(r.tolist()) for p in parts for m in p.micro for r in m.tokens_MS}
+        micro = [m for p in parts for m in p.micro]
+        assert len({len(p.micro) for p in parts}) == 1, "ranks wait for each other at every pass"
+        assert all(m.counts or not m.loss_MS.any() for m in micro)
+        counted = [tuple(r.tolist()) for m in micro if m.counts for r in m.tokens_MS]
+        rows = set(counted)
+        assert len(counted) == 8, "no row twice"
         alone = batches(step, 0, 1)
         assert rows == {tuple(r.tolist()) for m in alone.micro for r in m.tokens_MS}
         assert len(rows) == 8

@@ -1,5 +1,6 @@
 """Nodes that come, go and are taken away: real raylets on one machine."""
 
+import contextlib
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bar_ray import storage
 from bar_ray.train import notice
 from bar_ray.train.notice import Notice
 
@@ -34,26 +36,43 @@ def test_a_notice_leads_to_a_checkpoint_and_to_a_last_one(monkeypatch: pytest.Mo
     asked = Notice(lambda work: work(), lambda **fields: said.append(fields))
     now = iter(range(0, 100, 1))
     monkeypatch.setattr(notice.time, "monotonic", lambda: float(next(now)))  # a step takes 1 s
-    assert not any(asked.wants_checkpoint(step) for step in range(1, 8))
+    assert not any(asked.wants_checkpoint(step, 60.0) for step in range(1, 8))
     assert asked.every == 2
     asked.saved(3.0)
     answer[0] = Preemption("a", 100.0)
-    assert [asked.wants_checkpoint(step) for step in (9, 10, 11, 12)] == [False, True, False, False]
+    wanted = [asked.wants_checkpoint(step, 60.0) for step in (9, 10, 11, 12)]
+    assert wanted == [False, True, False, False]
     assert said[0]["at"] == 10 and said[0]["nodes"] == ["a"] and 99 < said[0]["seconds_left"] <= 100
     answer[0] = Preemption("a", 14.9)  # 2 x (3 s to save + 2 s until the next question) + 5 s
-    assert [asked.wants_checkpoint(step) for step in (14, 16)] == [True, False]
+    assert [asked.wants_checkpoint(step, 60.0) for step in (14, 16)] == [True, False]
     answer[0] = Preemption("b", 100.0)
-    assert [asked.wants_checkpoint(step) for step in (18, 20)] == [True, False]
+    assert [asked.wants_checkpoint(step, 60.0) for step in (18, 20)] == [True, False]
     assert len(said) == 2
+
+
+def test_the_pool_is_asked_in_the_same_rhythm(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+    monkeypatch.setattr(notice.ray.train, "get_preemption_info", lambda: None)
+    now = iter(range(0, 100, 1))
+    monkeypatch.setattr(notice.time, "monotonic", lambda: float(next(now)))
+
+    def resize(left_s: float) -> bool:
+        left.append(left_s)
+        return left_s < 90
+
+    asked = Notice(lambda work: work(), lambda **fields: None, resize)
+    said = [asked.wants_checkpoint(step, 100.0 - step) for step in range(1, 13)]
+    assert left == [94.0, 92.0, 90.0, 88.0]
+    assert [step for step, wanted in enumerate(said, 1) if wanted] == [12]
 
 
 # --- on a cluster --------------------------------------------------------------------------------
 
-slow = pytest.mark.slow
+slow, several = pytest.mark.slow, pytest.mark.cluster
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
+@contextlib.contextmanager
+def started() -> Iterator[Any]:
     """A head that takes no work; a test adds its nodes."""
     from ray.cluster_utils import Cluster
 
@@ -63,6 +82,12 @@ def cluster() -> Iterator[Any]:
     )
     yield made
     made.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    with started() as made:
+        yield made
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -139,14 +164,7 @@ def test_a_preempted_stage_saves_in_time_and_goes_on_elsewhere(
 ) -> None:
     """Nothing between the notice and the deadline is lost but what came after its checkpoint."""
     first = cluster.add_node(num_cpus=1)
-    job = [
-        sys.executable,
-        "-c",
-        PRETRAIN,
-        f"storage={tmp_path}",
-        f"cluster.address={cluster.address}",
-    ]
-    with subprocess.Popen(job, env={**os.environ, **FAST}) as driver:
+    with job(cluster, str(tmp_path)) as driver:
         wait_for(lambda: metrics(tmp_path, 20), driver)
         cluster.add_node(num_cpus=1)
         Metadata.taken_at = time.time() + 15
@@ -168,11 +186,67 @@ def test_a_preempted_stage_saves_in_time_and_goes_on_elsewhere(
     assert len(events(tmp_path, "trained")) == 1
 
 
+def job(cluster: Any, place: str, *settings: str, **environment: str) -> subprocess.Popen:
+    """A driver that pretrains the small world's base; `settings` are of that stage."""
+    where = [f"storage={place}", f"cluster.address={cluster.address}", "cluster.resize_s=5"]
+    overrides = [f"tiny.pretrain.{setting}" for setting in settings]
+    command = [sys.executable, "-c", PRETRAIN, *where, *overrides]
+    return subprocess.Popen(command, env={**os.environ, **FAST, **environment})
+
+
+@slow
+@several
+def test_two_runs_share_a_pool(cluster: Any, tmp_path: Path) -> None:
+    """One gives workers up when the other comes, from checkpoints made for it."""
+    cluster.add_node(num_cpus=3)
+    long, short = tmp_path / "long", tmp_path / "short"
+    sizes = ("run.num_workers=3", "run.min_workers=1")
+    with job(cluster, str(long), "steps=500", *sizes) as first:
+        wait_for(lambda: metrics(long, 20), first)
+        with job(cluster, str(short), "steps=20", *sizes) as second:
+            assert second.wait(200) == 0
+        assert first.poll() is None, "it should still be at work"
+        look = [sys.executable, "jobs/pool.py", "conf/tiny.yaml", f"storage={long}", "--json"]
+        rows = json.loads(subprocess.check_output(look))["steps"]
+        assert "train pretrained" in [row["step"] for row in rows]
+        assert first.wait(200) == 0
+    counts = [e["held"]["workers"] for e in events(long, "resized") if e["verb"] == "train"]
+    assert counts[0] == 3 and min(counts) < 3, counts
+    saved = {event["at"] for event in events(long, "checkpoint")}
+    resumed = [event["at"] for event in events(long, "resumed")]
+    assert resumed and set(resumed) <= saved
+    [rows] = [p.read_text().splitlines() for p in long.glob("runs/*/metrics.jsonl")]
+    assert {json.loads(row)["step"] for row in rows} == set(range(1, 501)), "none left out"
+
+
+@slow
+@several
+def test_a_new_cluster_goes_on_from_object_storage(s3: str, tmp_path: Path) -> None:
+    """The whole first cluster is gone, with its disks; the same command goes on on another."""
+    place = f"s3://bkt/{tmp_path.name}{s3}"
+    saved = storage.join(place, "checkpoints", "train")
+    settings = ("steps=300", "run.checkpoint_every=50")
+    with started() as first:
+        first.add_node(num_cpus=1)
+        driver = job(first, place, *settings, BAR_RAY_CACHE=str(tmp_path / "first"))
+        wait_for(lambda: "MANIFEST" in str(storage.list_files(saved, recursive=True)), driver)
+    assert driver.wait(120) != 0
+    with started() as second:
+        second.add_node(num_cpus=1)
+        with job(second, place, *settings, BAR_RAY_CACHE=str(tmp_path / "second")) as driver:
+            assert driver.wait(300) == 0
+    runs = [u for u in storage.list_files(storage.join(place, "runs"), True) if "events" in u]
+    found = [json.loads(line) for uri in runs for line in storage.read_bytes(uri).splitlines()]
+    assert [e["at"] >= 50 for e in found if e["event"] == "resumed"] == [True]
+    assert len([e for e in found if e["event"] == "trained"]) == 1
+
+
 PRETRAIN = """
 import sys
 from bar_ray import config, pipeline
 from bar_ray.cluster import session
-settings = ("steps=500", "seq_len=64", "run.checkpoint_every=10000", "run.cpus_per_worker=1")
+run = ("run.checkpoint_every=10000", "run.cpus_per_worker=1", "run.threads=1")
+settings = ("steps=500", "seq_len=64", *run)
 overrides = [f"tiny.pretrain.{setting}" for setting in settings]
 recipe = config.load("conf/tiny.yaml", [*overrides, *sys.argv[1:]])
 session.drive(recipe, [pipeline.Builder(recipe).dense()[1]])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bar_ray import config, pipeline, storage
-from bar_ray.cluster.pool import Pool, needs
+from bar_ray.cluster.pool import demand_of
 from bar_ray.graph import VERBS, plan, render_plan, topological
 
 TINY = "conf/tiny.yaml"
@@ -120,18 +120,10 @@ def test_every_verb_names_a_function_that_exists() -> None:
         assert f"def {function}(" in path.read_text(), target
 
 
-def test_pool_leases_whole_steps(tmp_path: Path) -> None:
-    pool = Pool(lambda: {"CPU": 2.0})
-    assert pool.try_lease("a", {"CPU": 1.0}) and pool.try_lease("b", {"CPU": 1.0})
-    assert not pool.try_lease("c", {"CPU": 0.5})
-    pool.release("a")
-    assert not pool.try_lease("c", {"CPU": 1.5}) and pool.try_lease("c", {"CPU": 1.0})
-    pool.release("b")
-    pool.release("c")
-    assert pool.try_lease("large", {"GPU": 8.0}), "alone, even what does not fit may ask"
-
-
 def test_rlvr_needs_learners_and_engines_together(tmp_path: Path) -> None:
     graph = built(tmp_path, "experts.math.rlvr.rollout.num_engines=3")
-    assert needs(graph.stages["math"]["rlvr"]) == {"CPU": 0.5 + 3 * 0.5}
-    assert needs(graph.stages["math"]["sft"]) == {"CPU": 1.0}
+    recipe = config.load(TINY)
+    rlvr = demand_of(graph.stages["math"]["rlvr"], "run", recipe)
+    assert rlvr.resources(rlvr.at_least()) == {"CPU": 0.5 + 3 * 0.5}
+    sft = demand_of(graph.stages["math"]["sft"], "run", recipe)
+    assert sft.resources(sft.at_least()) == {"CPU": 1.0}

@@ -20,6 +20,7 @@ from bar_ray.log import step_line
 
 CONSOLE_EVERY_S = 5.0
 UPLOAD_EVERY_S = 10.0
+NAMES = ("events.jsonl", "metrics.jsonl")
 NOT_METRICS = ("time", "verb", "name", "fingerprint", "step", "steps", "eta_s")
 
 
@@ -28,21 +29,34 @@ class Journal:
     """One per run, on the driver's node."""
 
     def __init__(self, storage_uri: str, run_id: str) -> None:
-        self.uri = storage.join(storage_uri, "runs", run_id)
+        self.run_id, self.uri = run_id, storage.join(storage_uri, "runs", run_id)
         self.local = storage.is_local(self.uri)
         self.folder = storage.local_path(self.uri) if self.local else tempfile.mkdtemp()
         os.makedirs(self.folder, exist_ok=True)
-        names = ("events.jsonl", "metrics.jsonl")
-        self.files = {name: open(os.path.join(self.folder, name), "a") for name in names}
+        if not self.local:
+            self._fetch()
+        self.files = {name: open(os.path.join(self.folder, name), "a") for name in NAMES}
         self.board: dict[str, SummaryWriter] = {}
         self.gauges: dict[str, Gauge] = {}
         self.lines: list[str] = []
         self.shown: dict[str, float] = {}
         self.uploaded = time.monotonic()
 
+    def _fetch(self) -> None:
+        """What a journal before this one, lost and started again, had put there."""
+        for name in NAMES:
+            uri = storage.join(self.uri, name)
+            if storage.exists(uri):
+                storage.pour(uri, os.path.join(self.folder, name))
+
     def event(self, event: str, **fields: Any) -> None:
         """Something that happened once: a step started, finished, failed; a fault; a resume."""
         self._write("events.jsonl", {"time": time.time(), "event": event, **fields})
+
+    def pool(self, view: dict[str, Any]) -> None:
+        """Who holds what of the cluster now, for `jobs/pool.py`."""
+        known = {"run": self.run_id, "time": time.time(), **view}
+        self._put("pool.json", json.dumps(known).encode())
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -79,7 +93,10 @@ class Journal:
         self.uploaded = time.monotonic()
         for name in self.files:
             with open(os.path.join(self.folder, name), "rb") as file:
-                storage.write_bytes(storage.join(self.uri, name), file.read())
+                self._put(name, file.read())
+
+    def _put(self, name: str, content: bytes) -> None:
+        storage.write_bytes(storage.join(self.uri, name), content)
 
     def drain(self) -> list[str]:
         """Console lines since the last call."""

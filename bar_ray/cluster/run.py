@@ -14,19 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bar_ray import storage
 from bar_ray.cluster.journal import Journal
 from bar_ray.cluster.lease import Lease
-from bar_ray.cluster.pool import Pool, needs
+from bar_ray.cluster.pool import Standing, demand_of, holder
+from bar_ray.cluster.quota import Demand, missing
+from bar_ray.cluster.scaling import PoolClient
 from bar_ray.graph import VERBS, Planned, Step, key, topological
 from bar_ray.log import duration
 from bar_ray.recipe import Recipe, meaning
 from bar_ray.types import UserError, user_error_in
 
+POLL_S = 0.5
 SAY_WAITING_EVERY_S = 30.0
+VIEW_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Run:
     def start(cls, recipe: Recipe, run_id: str) -> "Run":
         """Bring up the journal on this node."""
         head = ray.get_runtime_context().get_node_id()
-        here = {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=False)}
-        journal = Journal.options(**here).remote(recipe.storage, run_id)
+        here = NodeAffinitySchedulingStrategy(head, soft=False)
+        options = {"scheduling_strategy": here, "max_restarts": -1}
+        journal = Journal.options(**options).remote(recipe.storage, run_id)
         return cls(run_id, recipe, journal, head)
 
     def fetch(self, step: Step) -> str:
@@ -100,9 +105,9 @@ class Run:
         self.journal.say.remote(f"{step.name:<10} | {step.verb:<8} | {line}")
 
 
-@ray.remote(num_cpus=0, max_retries=0)
+@ray.remote(num_cpus=0, max_retries=3)
 def run_step(step: Step, run: Run) -> None:
-    """Run one verb in a process of its own."""
+    """Run one verb in a process of its own; should that die, another one goes on."""
     module, function = VERBS[step.verb][0].split(":")
     try:
         getattr(importlib.import_module(module), function)(step, run)
@@ -130,7 +135,7 @@ class Executor:
 
     def __init__(self, planned: list[Planned], run: Run, lease: Lease) -> None:
         self.run, self.lease = run, lease
-        self.pool = Pool(ray.cluster_resources)
+        self.pool = PoolClient(create=True)
         self.todo = {key(p.step): p.step for p in planned if not p.reused}
         self.waits_for = {
             place: {key(s) for s in topological([step])} - {place}
@@ -139,8 +144,9 @@ class Executor:
         self.total = len(self.todo)
         self.running: dict[Any, tuple[Step, float]] = {}
         self.waiting: set[str] = set()
+        self.held: dict[str, dict[str, int]] = {}  # as last entered into the journal
         self.failures: list[str] = []
-        self.said_waiting = time.monotonic()
+        self.said_waiting = self.viewed = time.monotonic()
         # Ray Train's helpers look for "the" cluster of the machine and give up when there are two.
         self.env = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
         for p in planned:
@@ -148,13 +154,24 @@ class Executor:
                 run.event("reused", p.step)
 
     def loop(self) -> None:
+        try:
+            self._loop()
+        finally:
+            self.pool.ask("leave", self.run.run_id)
+            self.run.journal.pool.remote({"steps": []})
+
+    def _loop(self) -> None:
         while self.todo or self.running:
             self.lease.check()
-            self._start_ready()
-            if not self.running:
-                break  # what is left depends on something that failed
-            done, _ = ray.wait(list(self.running), timeout=0.5)
+            self._share_pool()
             self._show()
+            if self.running:
+                done, _ = ray.wait(list(self.running), timeout=POLL_S)
+            elif self._ready():  # another run has the pool
+                done = []
+                time.sleep(POLL_S)
+            else:
+                break  # what is left depends on something that failed
             for ref in done:
                 self._finish(ref)
             self._say_waiting()
@@ -171,29 +188,56 @@ class Executor:
     def _num_dependents(self, step: Step) -> int:
         return sum(key(step) in waits for waits in self.waits_for.values())
 
-    def _start_ready(self) -> None:
-        for step in self._ready():
-            if not self.pool.try_lease(key(step), needs(step)):
-                self._wait_aloud()
-                break  # later ones must not overtake: a large stage would wait for ever
-            del self.todo[key(step)]
-            here = NodeAffinitySchedulingStrategy(self.run.head, soft=False)
-            ref = run_step.options(
-                name=f"{step.verb}-{step.name}", scheduling_strategy=here, runtime_env=self.env
-            ).remote(step, self.run)
-            self.running[ref] = (step, time.monotonic())
-            self.run.event("started", step, resources=needs(step))
+    def _share_pool(self) -> None:
+        """Declare what runs and what waits; start what the pool lets in."""
+        ready = self._ready()
+        waiting = [self._demand(step) for step in ready]
+        running = [self._demand(step) for step, _ in self.running.values()]
+        run_id, resize_s = self.run.run_id, self.run.recipe.cluster.resize_s
+        answer = self.pool.ask("declare", run_id, running, waiting, resize_s, default={})
+        for step in ready:
+            standing = answer.get(holder(run_id, step))
+            if standing is not None and standing.may_run:
+                self._start(step, standing)
+            else:
+                self._wait_aloud(step)
+        for step, _ in self.running.values():
+            if standing := answer.get(holder(run_id, step)):
+                self._note_size(step, standing)
+        if time.monotonic() - self.viewed > VIEW_EVERY_S:
+            self.viewed = time.monotonic()
+            if view := self.pool.ask("view"):
+                self.run.journal.pool.remote(view)
 
-    def _wait_aloud(self) -> None:
+    def _demand(self, step: Step) -> Demand:
+        return demand_of(step, self.run.run_id, self.run.recipe)
+
+    def _start(self, step: Step, standing: Standing) -> None:
+        del self.todo[key(step)]
+        here = NodeAffinitySchedulingStrategy(self.run.head, soft=False)
+        ref = run_step.options(
+            name=f"{step.verb}-{step.name}", scheduling_strategy=here, runtime_env=self.env
+        ).remote(step, self.run)
+        self.running[ref] = (step, time.monotonic())
+        held = self.held[key(step)] = standing.held
+        self.run.event("started", step, held=held, resources=self._demand(step).resources(held))
+
+    def _wait_aloud(self, step: Step) -> None:
         """Enter into the journal since when a step could run if there were room."""
-        for step in self._ready():
-            if key(step) not in self.waiting:
-                self.waiting.add(key(step))
-                self.run.event("waiting", step)
+        if key(step) not in self.waiting:
+            self.waiting.add(key(step))
+            self.run.event("waiting", step)
+
+    def _note_size(self, step: Step, standing: Standing) -> None:
+        """Enter into the journal how many processes an elastic step has."""
+        held = standing.held
+        if held and held != self.held[key(step)]:
+            self.held[key(step)] = held
+            resources = self._demand(step).resources(held)
+            self.run.event("resized", step, held=held, resources=resources)
 
     def _finish(self, ref: Any) -> None:
         step, started = self.running.pop(ref)
-        self.pool.release(key(step))
         seconds = time.monotonic() - started
         try:
             ray.get(ref)
@@ -222,13 +266,15 @@ class Executor:
         waiting = ", ".join(step.label for step in self._ready())
         if waiting:
             print(f"running {running}; waiting for the pool: {waiting}", flush=True)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         for step, _ in self.running.values():
-            if missing := self.pool.missing(needs(step)):
-                print(f"{step.label} asks for more than the cluster has: {missing}", flush=True)
+            if lacking := missing(nodes, self._demand(step)):
+                print(f"{step.label} asks for more than the cluster has: {lacking}", flush=True)
 
     def _show(self) -> None:
-        for line in ray.get(self.run.journal.drain.remote()):
-            print(line, flush=True)
+        with contextlib.suppress(RayActorError):  # being started again
+            for line in ray.get(self.run.journal.drain.remote()):
+                print(line, flush=True)
 
 
 def reason_of(error: BaseException) -> str:

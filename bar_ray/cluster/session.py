@@ -128,13 +128,14 @@ def _refuse_what_cannot_fit(recipe: Recipe, todo: list[Step]) -> None:
     """A cluster of our own never grows: a step too large for it would wait for ever."""
     import ray
 
-    from bar_ray.cluster.pool import Pool, needs
+    from bar_ray.cluster.pool import demand_of
+    from bar_ray.cluster.quota import missing
 
-    pool = Pool(ray.cluster_resources)
+    nodes = [node["Resources"] for node in ray.nodes()]
     for step in todo if _is_local(recipe) else ():
-        if missing := pool.missing(needs(step)):
+        if lacking := missing(nodes, demand_of(step, "", recipe)):
             raise UserError(
-                f"{step.label} asks for more than this machine has: {missing}. Ask for less "
+                f"{step.label} asks for more than this machine has: {lacking}. Ask for less "
                 "(run.num_workers, cpus_per_worker, gpus_per_worker), or give a larger cluster's "
                 "address (cluster.address)"
             )

@@ -3,8 +3,9 @@
 Shapes: M rows of a micro-batch, S tokens per row.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ class MicroBatch:
     tokens_MS: torch.Tensor
     loss_MS: torch.Tensor
     positions_MS: torch.Tensor
+    counts: bool = True  # False: another rank has a row more, and all must make as many passes
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+        tensors = (self.tokens_MS, self.loss_MS, self.positions_MS)
+        return MicroBatch(*(tensor.to(device) for tensor in tensors), self.counts)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,21 @@ class Batches:
         places = range(step * size, (step + 1) * size)
         loss_tokens = sum(int(self._row("loss", place).sum()) for place in places)
         tokens = size * self.stage.seq_len
-        return GlobalBatch(list(self._micro(places[rank::world])), loss_tokens, tokens)
+        micro = list(self._micro(places[rank::world]))
+        passes = math.ceil(math.ceil(size / world) / self.stage.run.micro_batch)
+        if len(micro) < passes:
+            [first] = self._micro(places[:1])
+            nothing = torch.zeros_like(first.loss_MS)
+            micro.append(replace(first, loss_MS=nothing, counts=False))
+        return GlobalBatch(micro, loss_tokens, tokens)
 
     def _micro(self, places: Sequence[int]) -> Iterator[MicroBatch]:
         for start in range(0, len(places), self.stage.run.micro_batch):
             chunk = places[start : start + self.stage.run.micro_batch]
-            yield MicroBatch(
-                *(self._stack(name, chunk) for name in ("tokens", "loss", "positions"))
+            tokens, loss, positions = (
+                self._stack(name, chunk) for name in ("tokens", "loss", "positions")
             )
+            yield MicroBatch(tokens, loss, positions)
 
     def _stack(self, name: str, places: Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(np.stack([self._row(name, place) for place in places])).long()

@@ -92,6 +92,7 @@ def generate(model_uri: str, items: list[dict], settings: Evaluate) -> list[dict
         concurrency=settings.num_engines,
         num_cpus=settings.cpus_per_engine,
         num_gpus=settings.gpus_per_engine or None,
+        resources=settings.resources,
     )
     return sorted(completed.iter_rows(), key=lambda row: row["place"])
 

@@ -7,7 +7,7 @@ for the steps in question. After a kill the last line of a file may be cut off: 
 import json
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bar_ray import storage
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 Who = tuple[str, str, str]  # verb, name, fingerprint
 ROUTINE = (
     *("waiting", "started", "trained", "finished", "reused", "checkpoint", "published"),
-    *("engine_ready", "held_out"),
+    *("engine_ready", "held_out", "resized"),
 )
 # What follows an incident, or comes before the `resumed` it leads to, is not counted once more.
 NOT_SURVIVED = ("failed", "weights_repaired", "preemption")
@@ -33,14 +33,25 @@ def identity(step: Step) -> Who:
 
 @dataclass(frozen=True)
 class Span:
-    """One step in a run: ready to start, given its resources, ended. Times are epoch seconds."""
+    """One step in a run: ready to start, given its resources, ended. Times are epoch seconds.
+
+    `sizes` are the resources it held, each since the time beside it.
+    """
 
     who: Who
     ready: float
     started: float
     ended: float
     outcome: str
-    resources: dict[str, float] = field(default_factory=dict)
+    sizes: tuple[tuple[float, dict[str, float]], ...] = ()
+
+    def held(self, kind: str) -> list[tuple[float, float, float]]:
+        """(from, to, amount) of a resource."""
+        ends = [*(at for at, _ in self.sizes[1:]), self.ended]
+        return [
+            (at, end, amounts.get(kind, 0.0))
+            for (at, amounts), end in zip(self.sizes, ends, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,11 @@ def spans(events: list[Record]) -> list[Span]:
             waiting[step] = now
         elif event["event"] == "started":
             ready, last = waiting.get(step, now), events[-1]["time"]
-            found[step] = Span(step, ready, now, last, "unfinished", event["resources"])
+            sizes = ((now, event["resources"]),)
+            found[step] = Span(step, ready, now, last, "unfinished", sizes)
+        elif step in found and event["event"] == "resized":
+            sizes = (*found[step].sizes, (now, event["resources"]))
+            found[step] = replace(found[step], sizes=sizes)
         elif step in found and event["event"] in ("finished", "failed"):
             found[step] = replace(found[step], ended=now, outcome=event["event"])
     return sorted(found.values(), key=lambda span: span.ready)
@@ -142,6 +157,6 @@ def resource_hours(run_spans: list[Span]) -> dict[str, float]:
     """Leased resources times the hours they were held."""
     total: dict[str, float] = defaultdict(float)
     for span in run_spans:
-        for name, amount in span.resources.items():
-            total[name] += amount * (span.ended - span.started) / 3600
-    return dict(total)
+        for kind in {kind for _, amounts in span.sizes for kind in amounts}:
+            total[kind] += sum(amount * (end - at) for at, end, amount in span.held(kind)) / 3600
+    return dict(sorted(total.items()))

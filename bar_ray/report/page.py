@@ -269,6 +269,27 @@ class Page:
         used = [(name, bars) for name, bars in lanes.items() if bars]
         return svg.timeline(used, self.wall) if used else Markup("")
 
+    def occupancy(self) -> Markup:
+        """What each expert held of the pool over time: its GPUs, or its CPUs where there are none.
+
+        Empty for a run in which nothing trained.
+        """
+        hours = self.resource_hours()
+        kind = "GPU" if hours.get("GPU") else "CPU"
+        begin = min([self.description.get("started", math.inf), *(s.ready for s in self.spans)])
+        owners = self._owners()
+        lanes: dict[str, list[svg.Block]] = {n: [] for n in ("base", *self.domains, "model")}
+        for span in self.spans:
+            if span.who in owners:
+                held = ((at - begin, end - begin, n) for at, end, n in span.held(kind))
+                lanes[owners[span.who]] += [svg.Block(*each) for each in held]
+        used = [
+            (name, self.colour("bar" if name == "model" else name), blocks)
+            for name, blocks in lanes.items()
+            if blocks
+        ]
+        return svg.stacked(used, self.wall, f"{kind}s held") if used else Markup("")
+
     def _owners(self) -> dict[history.Who, str]:
         """The lane of each step: its expert, the dense base, or the merged model."""
         owners = {}

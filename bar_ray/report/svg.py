@@ -4,6 +4,7 @@ Colours are CSS values (mostly variables of the page), so that one drawing serve
 and every mark has a `<title>` that shows its numbers.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,15 @@ class Bar:
     end: float
     light: bool = False
     failed: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """So much of a resource, held from `begin` to `end`, in seconds since the start."""
+
+    begin: float
+    end: float
+    amount: float
 
 
 def _draw(width: float, height: float, label: str, parts: Iterable[Markup]) -> Markup:
@@ -192,9 +202,7 @@ def ladder(rungs: Sequence[Rung]) -> Markup:
 def timeline(lanes: Sequence[tuple[str, Sequence[Bar]]], seconds: float) -> Markup:
     """Bars over time, a lane per owner; bars that overlap are stacked within their lane."""
     width, left, right, row, top, gap = 1000, 110, 16, 20, 8, 8
-    unit, size = next(
-        (u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 2 * s or s == 1
-    )
+    unit, size = _unit(seconds)
     end = max(seconds / size, 1e-9)
 
     def across(at: float) -> float:
@@ -219,6 +227,52 @@ def timeline(lanes: Sequence[tuple[str, Sequence[Bar]]], seconds: float) -> Mark
         _text(middle, y + 36, f"time since the start of the run, {unit}", "axis-title", "middle")
     ]
     return _draw(width, y + 44, "timeline of the run", parts)
+
+
+def _unit(seconds: float) -> tuple[str, int]:
+    """The unit of time for an axis of that length, and its seconds."""
+    units = (("h", 3600), ("min", 60), ("s", 1))
+    return next((u, s) for u, s in units if seconds >= 2 * s or s == 1)
+
+
+def stacked(lanes: Sequence[tuple[str, str, Sequence[Block]]], seconds: float, what: str) -> Markup:
+    """How much each lane (name, colour, blocks) holds over time, one on top of the other."""
+    width, height, left, right, top, bottom = 1000, 200, 110, 16, 24, 40
+    unit, size = _unit(seconds)
+    moments = sorted({at for *_, blocks in lanes for b in blocks for at in (b.begin, b.end)})
+    heights = [_height(lanes, at) for at in moments]
+    y_ticks = ticks(0, max([*heights, 1e-9]))
+
+    def across(at: float) -> float:
+        return left + at / max(seconds, 1e-9) * (width - left - right)
+
+    def up(amount: float) -> float:
+        return height - bottom - amount / y_ticks[-1] * (height - top - bottom)
+
+    parts = [_text(4, 14, what, "axis-title")]
+    for tick in y_ticks:
+        parts += [_rule(left, up(tick), width - right, up(tick))]
+        parts += [_text(left - 6, up(tick) + 4, _tick_label(tick, y_ticks[1]), "", "end")]
+    x_ticks = [t for t in ticks(0, seconds / size, 8) if t * size <= seconds * 1.001]
+    for tick in x_ticks:
+        label = _tick_label(tick, x_ticks[1] if len(x_ticks) > 1 else 1)
+        parts += [_text(across(tick * size), height - bottom + 16, label, "", "middle")]
+    parts += [_text((left + width - right) / 2, height - 6, unit, "axis-title", "middle")]
+    tag = '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" style="fill:{}">{}</rect>'
+    for begin, end in itertools.pairwise(moments):
+        below = 0.0
+        for name, colour, blocks in lanes:
+            amount = sum(b.amount for b in blocks if b.begin <= begin < b.end)
+            if amount:
+                title = Markup("<title>{}: {:g} {}</title>").format(name, amount, what)
+                box = (across(begin), up(below + amount), across(end) - across(begin))
+                parts += [Markup(tag).format(*box, up(below) - up(below + amount), colour, title)]
+            below += amount
+    return _draw(width, height, f"{what} over time", parts)
+
+
+def _height(lanes: Sequence[tuple[str, str, Sequence[Block]]], at: float) -> float:
+    return sum(b.amount for *_, blocks in lanes for b in blocks if b.begin <= at < b.end)
 
 
 def joined(bars: Sequence[Bar], noun: str) -> list[Bar]:

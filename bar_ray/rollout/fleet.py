@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from bar_ray.cluster.pool import bundle_of_engine
 from bar_ray.recipe import Rollout
 from bar_ray.rollout.calls import LOST, Late, answer
 from bar_ray.rollout.engine import RolloutEngine, Sample, Sampling
@@ -93,7 +94,7 @@ class Fleet:
 
     def start(self) -> None:
         """Begin to start the engines; calls that need one wait until it is ready."""
-        self.resize(self.rollout.num_engines)
+        self.resize(self.rollout.min_engines or self.rollout.num_engines)
         self._spawn(self._watch())
 
     def resize(self, num_engines: int) -> None:
@@ -123,14 +124,14 @@ class Fleet:
 
     def _add(self) -> None:
         number = next(self._numbers)
-        bundle = {"CPU": self.rollout.cpus_per_engine, "GPU": self.rollout.gpus_per_engine}
-        bundle = {kind: amount for kind, amount in bundle.items() if amount}
+        bundle = bundle_of_engine(self.rollout)
         group = placement_group([bundle], name=f"{self.name}-{number}")
         actor = (
             ray.remote(RolloutEngine)
             .options(
                 num_cpus=self.rollout.cpus_per_engine,
                 num_gpus=self.rollout.gpus_per_engine,
+                resources=self.rollout.resources,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group),
             )
             .remote(self.folder, self.options)

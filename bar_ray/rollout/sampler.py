@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from bar_ray import storage
+from bar_ray.cluster.pool import holder
+from bar_ray.cluster.scaling import PoolClient
 from bar_ray.data import chat
 from bar_ray.data.mixture import Mixture, steps_of
 from bar_ray.recipe import Rlvr
@@ -41,6 +43,7 @@ from bar_ray.rollout.source import kept_name
 from bar_ray.types import Verdict
 
 SAY_EVERY_S = 30.0
+FOLLOW_EVERY_S = 5.0
 MOST_DROPS = 5  # a second time is possible, after that something is wrong
 
 
@@ -350,6 +353,7 @@ class SamplerActor:
         self.step, self.run = step, run
         self.stage: Rlvr = step.settings["stage"]
         self.opening: asyncio.Future[None] | None = None
+        self.following: asyncio.Future[None] | None = None
 
     async def open(self) -> int:
         """Read the prompts, start engines and graders; returns the number of optimizer steps."""
@@ -389,10 +393,24 @@ class SamplerActor:
         self.graders.start()
         await asyncio.to_thread(self.fleet.remove_leftovers)
         self.fleet.start()
+        if 0 < stage.rollout.min_engines < stage.rollout.num_engines:
+            self.following = asyncio.ensure_future(self._follow_pool())
+
+    async def _follow_pool(self) -> None:
+        """Have as many engines as the pool says."""
+        pool, name = PoolClient(), holder(self.run.run_id, self.step)
+        while True:
+            running = len(self.fleet.members)
+            asked = ("follow", name, "engines", running)
+            count = await asyncio.to_thread(pool.ask, *asked, default=running)
+            self.fleet.resize(count)
+            await asyncio.sleep(FOLLOW_EVERY_S)
 
     async def close(self) -> None:
         """End engines and graders, with their processes and placement groups."""
         if self.opening is not None and self.opening.done() and not self.opening.exception():
+            if self.following is not None:
+                self.following.cancel()
             self.sampler.stop()
             await asyncio.gather(self.fleet.close(), self.graders.close())
 

@@ -14,15 +14,17 @@ from typing import Any, TypeVar, cast
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from bar_ray import storage
+from bar_ray.cluster.pool import bundle_of_worker, holder
+from bar_ray.cluster.scaling import PoolClient, PoolTrainer
 from bar_ray.graph import Step
 from bar_ray.recipe import Run as RunSettings
 from bar_ray.recipe import Stage
 from bar_ray.types import UserError, user_error_in
 
 Result = TypeVar("Result")
+IDLE_RATE = 0.2  # of the running mean over steps
 
 
 def run(step: Step, run: Any) -> None:
@@ -35,14 +37,15 @@ def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
     settings: RunSettings = step.settings["stage"].run
     uri = storage.join(step.storage_uri, "checkpoints", "ray_train")
     filesystem, path = storage.resolve(uri)
-    gpu = settings.gpus_per_worker
-    trainer = TorchTrainer(
+    most = settings.num_workers
+    trainer = PoolTrainer(
         loop,
+        holder(run.run_id, step),
         train_loop_config={"step": step, "run": run, **extra},
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
-            use_gpu=gpu > 0,
-            resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": gpu} if gpu else {})},
+            num_workers=(settings.min_workers or most, most),
+            use_gpu=settings.gpus_per_worker > 0,
+            resources_per_worker=bundle_of_worker(settings),
         ),
         run_config=RunConfig(
             name=f"{step.verb}-{step.name}-{step.fingerprint}-{run.run_id}",
@@ -117,7 +120,16 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         prepare_process(self.stage.run.threads)
         self.ledger = Ledger(step)
-        self.notice = Notice(from_first_rank, lambda **f: run.event("preemption", step, **f))
+        self.pool, self.holder = PoolClient(), holder(run.run_id, step)
+        self.resizing = False
+        self.idle = 0.0  # share of the time that goes by waiting for rollouts
+        settings = self.stage.run
+        is_elastic = 0 < settings.min_workers < settings.num_workers
+        self.notice = Notice(
+            from_first_rank,
+            lambda **fields: run.event("preemption", step, **fields),
+            self._wants_resize if is_elastic else None,
+        )
 
     def loop(self) -> dict[str, Any]:
         from bar_ray.model import experts
@@ -137,8 +149,12 @@ class Worker:
             if metrics is None:
                 break
             self._require_finite(metrics)
-            self._log(metrics, time.monotonic() - now, started, first)
-            noticed = self.notice.wants_checkpoint(self.engine.step)
+            seconds = time.monotonic() - now
+            pace = (time.monotonic() - started) / (self.engine.step - first)
+            left_s = (self.num_steps - self.engine.step) * pace
+            self.idle += IDLE_RATE * (metrics.get("rollout_wait_s", 0.0) / seconds - self.idle)
+            self._log(metrics, seconds, left_s)
+            noticed = self.notice.wants_checkpoint(self.engine.step, left_s)
             if noticed or self.must_checkpoint():
                 self._checkpoint()
         self.before_output()
@@ -209,12 +225,18 @@ class Worker:
                 self.run.event("checkpoint", self.step, at=self.engine.step)
         ray.train.report({"step": self.engine.step})
         self.notice.saved(time.monotonic() - started)
+        if self.resizing:
+            self.pool.ask("saved", self.holder, "workers")
 
-    def _log(self, metrics: dict[str, float], seconds: float, started: float, first: int) -> None:
+    def _wants_resize(self, left_s: float) -> bool:
+        """Whether the pool has more or fewer workers for this run; it waits for a checkpoint."""
+        asked = ("wants_change", self.holder, "workers", left_s, self.idle)
+        self.resizing = self.pool.ask(*asked, default=False)
+        return self.resizing
+
+    def _log(self, metrics: dict[str, float], seconds: float, left: float) -> None:
         if self.rank:
             return
-        done = self.engine.step - first
-        left = (self.num_steps - self.engine.step) * (time.monotonic() - started) / done
         step = self.step
         self.run.journal.metrics.remote(
             {

@@ -60,6 +60,6 @@ def language_model_loss(
     with router_logits(model) if z_weight else contextlib.nullcontext([]) as blocks:
         cross_entropy = -token_logprobs(model, batch).sum() / loss_tokens
         total = cross_entropy
-        if blocks:
+        if blocks and batch.counts:
             total = total + z_weight * router_z(blocks) / tokens
     return total, {"loss": float(cross_entropy.detach())}

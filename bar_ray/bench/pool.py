@@ -1,0 +1,154 @@
+"""The shared pool: how long three experts of different length take together.
+
+Real Ray, Ray Train and pool on a cluster of logical GPUs; the training itself is simulated, as time
+that goes by: `n` workers do `n` GPU-seconds of work a second. So the makespan can be compared with
+its lower bound, with one expert after another and with an equal share for each, and what it costs
+above the bound is what starting processes and changing their number costs.
+"""
+
+import json
+import math
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.cluster_utils import Cluster
+from ray.train import RunConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from bar_ray import storage
+from bar_ray.cluster.quota import Demand, Group
+from bar_ray.cluster.scaling import PoolClient, PoolMixin
+
+STEP_S, ASK_EVERY, POLL_S = 0.5, 4, 0.5
+GPUS = 6
+RESIZE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """An expert: so many GPU-seconds of training, on at most all GPUs."""
+
+    name: str
+    work: float
+
+
+JOBS = (Job("long", 480.0), Job("middle", 240.0), Job("short", 60.0))
+
+
+class Trainer(PoolMixin, DataParallelTrainer):
+    """Without torch: nothing is computed."""
+
+
+def loop(config: dict[str, Any]) -> None:
+    """One worker. The first one asks the pool, saves when it wants another size, and counts."""
+    job, place, pool = config["job"], Path(config["checkpoint"]), PoolClient()
+    done = json.loads(place.read_text()) if place.exists() else 0.0
+    context = ray.train.get_context()
+    world, is_first = context.get_world_size(), context.get_world_rank() == 0
+    for step in range(math.ceil((job.work - done) / (world * STEP_S))):
+        time.sleep(STEP_S)
+        done += world * STEP_S
+        if is_first and step % ASK_EVERY == 0:
+            left = (job.work - done) / world
+            wants = pool.ask("wants_change", config["holder"], "workers", left, 0.0, default=False)
+            if wants:
+                place.write_text(json.dumps(done))
+                pool.ask("saved", config["holder"], "workers")
+
+
+def train(job: Job, demand: Demand, folder: Path) -> None:
+    group = demand.groups["workers"]
+    checkpoint = folder / f"{demand.holder.replace('/', '-')}.json"
+    Trainer(
+        loop,
+        demand.holder,
+        train_loop_config={"job": job, "holder": demand.holder, "checkpoint": str(checkpoint)},
+        scaling_config=ScalingConfig(
+            num_workers=(group.low, group.high), use_gpu=True, resources_per_worker={"GPU": 1}
+        ),
+        run_config=RunConfig(name=demand.holder.replace("/", "-"), storage_path=str(folder)),
+    ).fit()
+
+
+def makespan(low: int, high: int, folder: Path) -> dict[str, Any]:
+    """Run all jobs, each on `low` to `high` workers: seconds, and each one's workers over time."""
+    pool, run_id = PoolClient(create=True), uuid.uuid4().hex[:8]
+    jobs = {f"{run_id}/{job.name}": job for job in JOBS}
+    demands = {
+        name: Demand(name, job.name, {"workers": Group({"GPU": 1.0}, low, high)})
+        for name, job in jobs.items()
+    }
+    waiting, running = list(demands), dict[str, threading.Thread]()
+    sizes: dict[str, list[tuple[float, int]]] = {job.name: [] for job in JOBS}
+    started = time.monotonic()
+    while waiting or running:
+        ended = [name for name, thread in running.items() if not thread.is_alive()]
+        for name in ended:
+            del running[name]
+            sizes[jobs[name].name].append((time.monotonic() - started, 0))
+        asked = [demands[n] for n in running], [demands[n] for n in waiting]
+        answer = pool.ask("declare", run_id, *asked, RESIZE_S, default={})
+        for name in [n for n in waiting if n in answer and answer[n].may_run]:
+            waiting.remove(name)
+            thread = threading.Thread(target=train, args=(jobs[name], demands[name], folder))
+            running[name] = thread
+            thread.start()
+        for name in running:
+            known = sizes[jobs[name].name]
+            held = answer[name].held["workers"] if name in answer else 0
+            if not known or known[-1][1] != held:
+                known.append((time.monotonic() - started, held))
+        time.sleep(POLL_S)
+    pool.ask("leave", run_id)
+    return {"seconds": time.monotonic() - started, "workers": sizes}
+
+
+def bound() -> float:
+    """No schedule is faster: the longest job on all GPUs, or all work on all GPUs."""
+    return max(*(job.work / GPUS for job in JOBS), sum(job.work for job in JOBS) / GPUS)
+
+
+def arms() -> Iterator[tuple[str, int, int]]:
+    yield "shared pool", 1, GPUS
+    yield "one after another", GPUS, GPUS
+    yield "equal shares", GPUS // len(JOBS), GPUS // len(JOBS)
+
+
+def run(root: str) -> dict[str, Any]:
+    """Every arm on the same cluster, one after the other."""
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    found: dict[str, Any] = {"gpus": GPUS, "bound_s": bound()}
+    found["work"] = {job.name: job.work for job in JOBS}
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=4, num_gpus=GPUS // 2)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, low, high in arms():
+                print(f"{name}: {low} to {high} workers each", flush=True)
+                found[name] = makespan(low, high, Path(folder))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    storage.write_json(storage.join(root, "pool.json"), found)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"lower bound: {found['bound_s']:.0f} s for {found['work']} on {found['gpus']} GPUs"]
+    for name, *_ in arms():
+        seconds = found[name]["seconds"]
+        lines.append(f"{name:<18}  {seconds:6.0f} s  {seconds / found['bound_s']:.2f} of the bound")
+    for job, changes in found["shared pool"]["workers"].items():
+        shown = ", ".join(f"{count} from {at:.0f} s" for at, count in changes)
+        lines.append(f"  {job}: {shown}")
+    return "\n".join(lines)
