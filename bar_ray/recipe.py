@@ -59,6 +59,7 @@ class Run:
     zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 3 (rlvr: to 2)")
     activation_checkpointing: bool = how(False, "recompute activations in the backward pass")
     checkpoint_every: int = how(100, "steps between checkpoints")
+    keep_last: int = how(2, "newest checkpoints kept; an older one serves when one is damaged")
     max_failures: int = how(3, "worker failures survived before the stage fails")
     max_preemptions: int = how(
         -1, "announced losses of a node survived beside them; -1: any number"

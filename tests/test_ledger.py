@@ -27,6 +27,16 @@ def test_the_two_newest_are_kept(ledger: Ledger) -> None:
     assert Path(ledger.folder(3), "weights").read_text().startswith("weights of 3 in")
 
 
+def test_more_may_be_kept_and_the_best_one(root: str, tmp_path: Path) -> None:
+    ledger = Ledger(Step("sft", "code", {}, storage_uri=root), keep_last=3)
+    for step in range(1, 7):
+        folder = tmp_path / "work"
+        folder.mkdir()
+        (folder / "weights").write_text(f"weights of {step} in {root}, more of them")
+        ledger.commit(str(folder), step, {}, keep=2)
+    assert ledger.steps() == [2, 4, 5, 6]
+
+
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(ledger: Ledger) -> None:
     everything = storage.list_files(storage.join(ledger.uri, "step-00000003"), recursive=True)
     [flipped] = [uri for uri in everything if "weights" in uri]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bar_ray.cluster.pool import Pool, Standing
+from bar_ray.cluster.pool import PATIENCE_S, Pool, Standing
 from bar_ray.cluster.quota import Counts, Demand, Group, Resources, Room, fits, missing, targets
 
 GPU = {"GPU": 1.0}
@@ -147,15 +147,27 @@ def test_an_expert_shrinks_for_another_and_grows_when_it_has_gone() -> None:
     assert story.train(b, 2) == 4
 
 
-def test_a_change_waits_for_a_checkpoint_but_not_for_ever() -> None:
+def test_a_change_waits_for_a_checkpoint() -> None:
     story, a, b = Story(), expert("a", 1, 4), expert("b", 1, 4)
     story.declare([], [a])
     story.pool.take(a.holder, "workers")
     story.declare([a], [b])
     assert story.pool.follow(a.holder, "workers", 4) == 4
-    story.now = 100.0
+    assert story.pool.wants_change(a.holder, "workers", 1000.0, 0.0)
+    story.now = PATIENCE_S
     assert story.pool.follow(a.holder, "workers", 4) == 4
-    story.now = 130.0
+    story.pool.saved(a.holder, "workers")
+    assert not story.pool.wants_change(a.holder, "workers", 1000.0, 0.0), "once is enough"
+    assert story.pool.follow(a.holder, "workers", 4) == 2
+
+
+def test_a_run_that_never_saves_is_not_waited_for_for_ever() -> None:
+    story, a, b = Story(), expert("a", 1, 4), expert("b", 1, 4)
+    story.declare([], [a])
+    story.pool.take(a.holder, "workers")
+    story.declare([a], [b])
+    assert story.pool.follow(a.holder, "workers", 4) == 4
+    story.now = PATIENCE_S + 1
     assert story.pool.follow(a.holder, "workers", 4) == 2
 
 

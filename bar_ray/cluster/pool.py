@@ -20,7 +20,7 @@ from bar_ray.recipe import Evaluate, Recipe, Rlvr, Rollout, Run, Stage
 
 LIGHT: Resources = {"CPU": 1.0}  # steps that read, write and copy
 SILENT_S = 60.0  # a driver that declares nothing for so long is gone
-PATIENCE_S = 120.0  # wait so long for a checkpoint before a change
+PATIENCE_S = 1800.0  # a change waits so long for a checkpoint: RLVR steps take minutes
 HEADROOM = 1.25  # learners kept beyond those that the rollouts keep busy
 NEARLY_BUSY = 0.05  # waiting less than this share of the time does not count
 
@@ -190,7 +190,7 @@ class Pool:
         mine.left_s = left_s
         mine.busy = mine.count * (1 - idle) if idle > NEARLY_BUSY else None
         self._share_out()
-        return self._goal(name, group, mine) != mine.count
+        return not mine.saved and self._goal(name, group, mine) != mine.count
 
     def saved(self, name: str, group: str) -> None:
         """The checkpoint for a change is there."""

@@ -119,7 +119,7 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         prepare_process(self.stage.run.threads)
-        self.ledger = Ledger(step)
+        self.ledger = Ledger(step, self.stage.run.keep_last)
         self.pool, self.holder = PoolClient(), holder(run.run_id, step)
         self.resizing = False
         self.idle = 0.0  # share of the time that goes by waiting for rollouts

@@ -13,17 +13,22 @@ from bar_ray.graph import Step
 
 
 class Ledger:
-    """The checkpoints of one step."""
+    """The checkpoints of one step.
 
-    def __init__(self, step: Step) -> None:
+    Args:
+        keep_last: how many of the newest are kept.
+    """
+
+    def __init__(self, step: Step, keep_last: int = 2) -> None:
+        self.keep_last = keep_last
         place = (step.verb, step.name, step.fingerprint)
         self.uri = storage.join(step.storage_uri, "checkpoints", *place)
         self.quarantine = storage.join(step.storage_uri, "quarantine", *place)
 
     def commit(self, folder: str, step: int, info: dict[str, Any], keep: int = 0) -> None:
-        """Publish a checkpoint folder, then drop all but the two newest and the one at `keep`."""
+        """Publish a checkpoint folder, then drop all but the newest and the one at `keep`."""
         storage.commit(folder, self._at(step), {"step": step, **info})
-        for old in self.steps()[:-2]:
+        for old in self.steps()[: -self.keep_last]:
             if old != keep:
                 storage.delete(self._at(old))
 
