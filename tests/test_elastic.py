@@ -164,12 +164,12 @@ def test_a_preempted_stage_saves_in_time_and_goes_on_elsewhere(
 ) -> None:
     """Nothing between the notice and the deadline is lost but what came after its checkpoint."""
     first = cluster.add_node(num_cpus=1)
+    here = runpy.run_path("conf/clusters/node/spot_notice.py")["node_here"](cluster.address)
+    assert here in {node.node_id for node in cluster.list_all_nodes()}
     with job(cluster, str(tmp_path)) as driver:
         wait_for(lambda: metrics(tmp_path, 20), driver)
         cluster.add_node(num_cpus=1)
         Metadata.taken_at = time.time() + 15
-        here = runpy.run_path("conf/clusters/node/spot_notice.py")["node_here"](cluster.address)
-        assert here in {node.node_id for node in cluster.list_all_nodes()}
         watch = [sys.executable, "conf/clusters/node/spot_notice.py", "--cloud=aws"]
         watch += [f"--metadata={metadata}", f"--node-id={first.node_id}"]
         told = subprocess.check_output([*watch, f"--address={cluster.address}"], timeout=30)

@@ -94,11 +94,10 @@ class Driver:
 
 @dataclass(frozen=True)
 class Standing:
-    """The pool's answer about one step: `counts` to have in the end, `held` now."""
+    """The pool's answer about one step: whether it may run, and what it holds."""
 
     may_run: bool
     held: dict[str, int]
-    counts: dict[str, int]
 
 
 class Pool:
@@ -132,17 +131,16 @@ class Pool:
         self.drivers[run_id] = Driver(now, running, waiting, resize_s)
         self.drivers = {r: d for r, d in self.drivers.items() if now - d.seen < SILENT_S}
         started = self._share_out()
-        known = {d.holder: d for d in [*running, *waiting]}
-        return {name: self._standing(name, name in started) for name in known}
+        known = {demand.holder: demand for demand in [*running, *waiting]}
+        return {
+            name: Standing(name in started, self._counts(demand) if name in started else {})
+            for name, demand in known.items()
+        }
 
     def leave(self, run_id: str) -> None:
         """A run has ended."""
         self.drivers.pop(run_id, None)
         self._share_out()
-
-    def _standing(self, name: str, started: bool) -> Standing:
-        held = {group: h.count for group, h in self.holdings.get(name, {}).items()}
-        return Standing(started, held, self.targets.get(name, {}))
 
     # --- training runs ---------------------------------------------------------------------------
 
