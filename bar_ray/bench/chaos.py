@@ -51,6 +51,8 @@ KILLED = {
     **{"PoolActor": "pool", "Journal": "journal", f"({'|'.join(VERBS)})-": "step"},
 }
 FROZEN = {"RayTrainWorker": "training worker", "RolloutEngine": "rollout engine"}
+# Of a machine that is gone: Ray's own, which take minutes to notice.
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 SAMPLED = ("rlvr", "merge", "route", "evaluate")  # not bitwise: engines batch as they can
 
 
@@ -221,7 +223,11 @@ class Campaign:
     def processes_left(self) -> list[str]:
         """What outlives the cluster."""
         _, alive = psutil.wait_procs(list(self.seen), timeout=END_S)
-        return [" ".join(process.cmdline())[:80] for process in alive]
+        left = []
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                left.append(" ".join(process.cmdline())[:80])
+        return [words for words in left if not words.startswith(AGENTS)]
 
 
 def calm(recipe: Path, place: str) -> None:

@@ -4,6 +4,7 @@ The sample order is a function of (seed, step), so a checkpoint is weights, opti
 number; continuing at the same number of workers is bitwise the same as never having stopped.
 """
 
+import itertools
 import logging
 import math
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from bar_ray import storage
@@ -35,10 +37,24 @@ def run(step: Step, run: Any) -> None:
 def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
     """Run a training loop under Ray Train until it has committed the step's artifact."""
     settings: RunSettings = step.settings["stage"].run
+    for num_lost in itertools.count(1):
+        try:
+            result = _trainer(loop, step, run, extra).fit()
+            break
+        except RayActorError as error:  # Ray Train restarts workers, but not its own controller
+            if num_lost > settings.max_failures:
+                raise
+            run.event("controller_lost", step, reason=str(error).splitlines()[0])
+    if isinstance(result.return_value, dict) and "user_error" in result.return_value:
+        raise UserError(result.return_value["user_error"])
+
+
+def _trainer(loop: Any, step: Step, run: Any, extra: dict[str, Any]) -> PoolTrainer:
+    settings: RunSettings = step.settings["stage"].run
     uri = storage.join(step.storage_uri, "checkpoints", "ray_train")
     filesystem, path = storage.resolve(uri)
     most = settings.num_workers
-    trainer = PoolTrainer(
+    return PoolTrainer(
         loop,
         holder(run.run_id, step),
         train_loop_config={"step": step, "run": run, **extra},
@@ -57,9 +73,6 @@ def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
             ),
         ),
     )
-    result = trainer.fit()
-    if isinstance(result.return_value, dict) and "user_error" in result.return_value:
-        raise UserError(result.return_value["user_error"])
 
 
 def lm_loop(config: dict[str, Any]) -> dict[str, Any]:
