@@ -29,6 +29,7 @@ from bar_ray.recipe import Recipe, meaning
 from bar_ray.types import UserError, user_error_in
 
 POLL_S = 0.5
+DECLARE_EVERY_S = 2.0  # when nothing has begun or ended
 SAY_WAITING_EVERY_S = 30.0
 VIEW_EVERY_S = 5.0
 
@@ -144,6 +145,7 @@ class Executor:
         self.total = len(self.todo)
         self.running: dict[Any, tuple[Step, float]] = {}
         self.waiting: set[str] = set()
+        self.declared: tuple[set[str], float] = (set(), 0.0)  # what, when
         self.held: dict[str, dict[str, int]] = {}  # as last entered into the journal
         self.failures: list[str] = []
         self.said_waiting = self.viewed = time.monotonic()
@@ -191,6 +193,10 @@ class Executor:
     def _share_pool(self) -> None:
         """Declare what runs and what waits; start what the pool lets in."""
         ready = self._ready()
+        state = {key(step) for step in (*ready, *(step for step, _ in self.running.values()))}
+        if state == self.declared[0] and time.monotonic() - self.declared[1] < DECLARE_EVERY_S:
+            return
+        self.declared = state, time.monotonic()
         waiting = [self._demand(step) for step in ready]
         running = [self._demand(step) for step, _ in self.running.values()]
         run_id, resize_s = self.run.run_id, self.run.recipe.cluster.resize_s

@@ -4,12 +4,14 @@ The sample order is a function of (seed, step), so a checkpoint is weights, opti
 number; continuing at the same number of workers is bitwise the same as never having stopped.
 """
 
+import contextlib
 import itertools
 import logging
 import math
+import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import ray.train
@@ -39,7 +41,8 @@ def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
     settings: RunSettings = step.settings["stage"].run
     for num_lost in itertools.count(1):
         try:
-            result = _trainer(loop, step, run, extra).fit()
+            with _handlers_kept():
+                result = _trainer(loop, step, run, extra).fit()
             break
         except RayActorError as error:  # Ray Train restarts workers, but not its own controller
             if num_lost > settings.max_failures:
@@ -47,6 +50,16 @@ def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
             run.event("controller_lost", step, reason=str(error).splitlines()[0])
     if isinstance(result.return_value, dict) and "user_error" in result.return_value:
         raise UserError(result.return_value["user_error"])
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray Train's handler for interrupts holds the controller, which would live as long as it."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _trainer(loop: Any, step: Step, run: Any, extra: dict[str, Any]) -> PoolTrainer:
