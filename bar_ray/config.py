@@ -163,6 +163,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     if recipe.tiny is not None:
         yield from _stage_problems("tiny.pretrain", recipe.tiny.pretrain, recipe, DENSE_ROLES)
         yield from _stage_problems("tiny.post_train", recipe.tiny.post_train, recipe, DENSE_ROLES)
+    for stage in recipe.evaluate.stages:
+        yield from _choice("evaluate.stages", stage, STAGES)
     for name, expert in recipe.experts.items():
         yield from _expert_problems(f"experts.{name}", expert, recipe)
     yield from _router_problems(recipe)

@@ -54,8 +54,8 @@ def build(recipe: Recipe) -> Pipeline:
 
     models = {"base": base, "merged": merged, "bar": bar}
     for domain, done in stages.items():
-        scored = done if recipe.evaluate.every_stage else dict([list(done.items())[-1]])
-        models.update({f"{domain} {stage}": step for stage, step in scored.items()})
+        scored = {*recipe.evaluate.stages, [*done][-1]}
+        models |= {f"{domain} {stage}": step for stage, step in done.items() if stage in scored}
     scores = {name: graph.evaluate(name, model) for name, model in models.items()}
     return Pipeline(base, branch, stages, merged, bar, scores)
 

@@ -9,6 +9,8 @@ stale.
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+STAGES = ("midtrain", "sft", "rlvr")
+
 
 def what(default: Any, doc: str) -> Any:
     """A setting that changes the result."""
@@ -235,7 +237,9 @@ class Evaluate:
     limit: int = what(0, "items per category; 0 is all")
     max_tokens: int = what(4096, "longest completion, tokens")
     temperature: float = what(0.0, "0 is greedy")
-    every_stage: bool = how(True, "score each expert after each of its stages, not only the last")
+    stages: list[str] = how(
+        lambda: [*STAGES], "stages after which an expert is scored; after its last one it always is"
+    )
     num_engines: int = how(1, "vLLM actors under Ray Data for one checkpoint")
     cpus_per_engine: float = how(1.0, "CPUs asked for each actor")
     gpus_per_engine: float = how(0.0, "GPUs asked for each actor")
@@ -286,7 +290,6 @@ class Recipe:
     cluster: Cluster = how(Cluster, "the Ray cluster")
 
 
-STAGES = ("midtrain", "sft", "rlvr")
 ROLES = tuple(f.name for f in fields(Learn))
 
 

@@ -91,6 +91,7 @@ def test_experts_may_live_in_files_of_their_own(recipe_file: str, tmp_path: Path
         ("experts.math.rlvr.rollout.max_tokens=9999", "must fit into"),
         ("experts.math.rlvr.rollout.gpus_per_engine=2", "tensor_parallel says: 1"),
         ("router.lr=0", "router.lr is 0"),
+        ("evaluate.stages=[sft,rvlr]", "did you mean 'rlvr'?"),
         ("router.warmup=9", "between 0 and 1"),
         ("router.dtype=fp16", "must be one of bfloat16, float32"),
         ("router.data.chatt=1", "did you mean 'chat'?"),

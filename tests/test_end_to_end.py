@@ -34,7 +34,7 @@ SHORT = (
     "stages.rlvr.batch_size=4",
     "stages.rlvr.rollout.max_tokens=12",
     "router.steps=12",
-    "evaluate.every_stage=false",
+    "evaluate.stages=[]",
     "evaluate.limit=6",
     "evaluate.max_tokens=12",
 )
