@@ -15,7 +15,6 @@ import argparse
 import time
 
 from bar_ray import storage
-from bar_ray.bench import pool, rlvr, sandbox
 from bar_ray.cluster import session
 from bar_ray.config import Cli, pick
 from bar_ray.recipe import Recipe
@@ -25,10 +24,17 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     root = storage.join(recipe.storage, "bench", time.strftime("%Y%m%d-%H%M%S"))
     if args.what == "sandbox":
+        from bar_ray.bench import sandbox
+
         results = sandbox.run(args.slots, args.minutes * 60, root)
         return print(sandbox.table(results))
     if args.what == "pool":
+        session.own_token()
+        from bar_ray.bench import pool
+
         return print(pool.table(pool.run(root)))
+    from bar_ray.bench import rlvr
+
     pick("expert", args.expert, recipe.experts)
     bench = rlvr.Bench(recipe, args.expert, args.staleness, root)
     if args.plan:

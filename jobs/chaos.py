@@ -11,7 +11,6 @@ import sys
 import time
 
 from bar_ray import pipeline, storage
-from bar_ray.bench import chaos
 from bar_ray.cluster import session
 from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
@@ -21,6 +20,9 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     if args.plan:
         return session.show_plan(pipeline.build(recipe).targets)
+    session.own_token()
+    from bar_ray.bench import chaos
+
     root = storage.join(recipe.storage, "chaos", time.strftime("%Y%m%d-%H%M%S"))
     found = chaos.run(recipe, args.faults, args.seed, root)
     print(chaos.table(found))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import secrets
 import signal
 import sys
 import time
@@ -139,6 +140,11 @@ def _refuse_what_cannot_fit(recipe: Recipe, todo: list[Step]) -> None:
                 "(run.num_workers, cpus_per_worker, gpus_per_worker), or give a larger cluster's "
                 "address (cluster.address)"
             )
+
+
+def own_token() -> None:
+    """A token for clusters that this process starts itself; to be called before ray is imported."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _protect_token() -> None:
