@@ -40,7 +40,9 @@ def train(engine: Engine, steps: range) -> list[float]:
         positions = torch.arange(12).expand(4, -1)
         whole = MicroBatch(tokens, (positions > 0).long(), positions)
         parts = [
-            MicroBatch(*(getattr(whole, f)[i : i + 2] for f in MicroBatch.__dataclass_fields__))
+            MicroBatch(
+                *(getattr(whole, f)[i : i + 2] for f in ("tokens_MS", "loss_MS", "positions_MS"))
+            )
             for i in (0, 2)
         ]
         loss = engine.forward_backward(
