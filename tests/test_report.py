@@ -305,3 +305,27 @@ def test_values_that_differ_by_rounding_only_are_drawn_as_equal() -> None:
     line = svg.Line("importance", "red", [(1.0, 1.0), (2.0, 1 - 2**-53)])
     assert "NaN" not in svg.line_chart([line], "optimizer step", "importance")
     assert len(set(svg.ticks(1 - 2**-53, 1.0))) > 1
+
+
+def test_what_an_elastic_stage_held_over_time() -> None:
+    me = {"verb": "sft", "name": "math", "fingerprint": "f"}
+    told = [
+        {**me, "event": "started", "time": 10.0, "resources": {"GPU": 1.0}},
+        {**me, "event": "resized", "time": 20.0, "resources": {"GPU": 4.0}},
+        {**me, "event": "resized", "time": 50.0, "resources": {"GPU": 2.0}},
+        {**me, "event": "finished", "time": 60.0},
+    ]
+    [span] = history.spans(told)
+    assert span.held("GPU") == [(10.0, 20.0, 1.0), (20.0, 50.0, 4.0), (50.0, 60.0, 2.0)]
+    assert history.resource_hours([span]) == {"GPU": (10 + 120 + 20) / 3600}
+    blocks = [svg.Block(*held) for held in span.held("GPU")]
+    other = [svg.Block(0.0, 60.0, 2.0)]
+    drawn = svg.stacked([("math", "red", blocks), ("code", "blue", other)], 60.0, "GPUs held")
+    assert drawn.count("<title>math: 4 GPUs held</title>") == 1
+    assert drawn.count("<title>code: 2 GPUs held</title>") == 4, "it lies on top of every step"
+    bars = [
+        svg.Bar(n, n, "red", 0.0, work, work + 1)
+        for n, work in (("a", 0.0), ("b", 0.5), ("c", 50.0))
+    ]
+    joined = [(bar.label, bar.begin, bar.end) for bar in svg.joined(bars, "steps")]
+    assert joined == [("2 steps", 0.0, 1.5), ("c", 50.0, 51.0)], "waiting joins nothing"

@@ -257,8 +257,10 @@ def stacked(lanes: Sequence[tuple[str, str, Sequence[Block]]], seconds: float, w
     for tick in x_ticks:
         label = _tick_label(tick, x_ticks[1] if len(x_ticks) > 1 else 1)
         parts += [_text(across(tick * size), height - bottom + 16, label, "", "middle")]
-    parts += [_text((left + width - right) / 2, height - 6, unit, "axis-title", "middle")]
-    tag = '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" style="fill:{}">{}</rect>'
+    words = f"time since the start of the run, {unit}"
+    parts += [_text((left + width - right) / 2, height - 6, words, "axis-title", "middle")]
+    place = 'x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"'
+    tag = f'<rect {place} shape-rendering="crispEdges" style="fill:{{}}">{{}}</rect>'
     for begin, end in itertools.pairwise(moments):
         below = 0.0
         for name, colour, blocks in lanes:
@@ -276,10 +278,10 @@ def _height(lanes: Sequence[tuple[str, str, Sequence[Block]]], at: float) -> flo
 
 
 def joined(bars: Sequence[Bar], noun: str) -> list[Bar]:
-    """Bars that touch as one, for many short steps of the same kind."""
+    """Bars whose work touches as one, for many short steps of the same kind."""
     groups: list[list[Bar]] = []
-    for bar in sorted(bars, key=lambda bar: bar.begin):
-        if groups and bar.begin <= max(b.end for b in groups[-1]) + 1:
+    for bar in sorted(bars, key=lambda bar: bar.work):
+        if groups and bar.work <= max(b.end for b in groups[-1]) + 1:
             groups[-1].append(bar)
         else:
             groups.append([bar])
@@ -287,8 +289,9 @@ def joined(bars: Sequence[Bar], noun: str) -> list[Bar]:
     return [
         replace(
             group[0],
-            label=f"{len(group)} {noun}",
+            label=f"{len(group)} {noun}" if len(group) > 1 else group[0].label,
             title="\n".join(bar.title for bar in group),
+            begin=group[0].work,
             end=end,
             failed=any(bar.failed for bar in group),
         )
