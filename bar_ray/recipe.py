@@ -67,6 +67,10 @@ class Run:
         -1, "announced losses of a node survived beside them; -1: any number"
     )
 
+    @property
+    def fewest_workers(self) -> int:
+        return self.min_workers or self.num_workers
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -138,6 +142,10 @@ class Rollout:
     generate_s: float = how(1800.0, "longest wait for the completions of one prompt, seconds")
     sync_s: float = how(300.0, "longest wait for one weight push, seconds")
     dump_every: int = how(0, "keep the rollouts of every so many steps, to read or replay; 0: none")
+
+    @property
+    def fewest_engines(self) -> int:
+        return self.min_engines or self.num_engines
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,11 @@ class Story:
     ) -> dict[str, Standing]:
         return self.pool.declare(run, list(running), list(waiting), self.resize_s)
 
+    def start(self, demand: Demand) -> int | None:
+        """Let in alone; the number of workers it starts with."""
+        assert self.declare([], [demand])[demand.holder].may_run
+        return self.pool.take(demand.holder, "workers")
+
     def train(self, demand: Demand, count: int, left_s: float = 1000.0, idle: float = 0.0) -> int:
         """The run asks, saves if it must, and its controller follows."""
         if self.pool.wants_change(demand.holder, "workers", left_s, idle):
@@ -130,8 +135,7 @@ class Story:
 
 def test_an_expert_shrinks_for_another_and_grows_when_it_has_gone() -> None:
     story, a, b = Story(), expert("a", 1, 4), expert("b", 1, 4)
-    assert story.declare([], [a])[a.holder].may_run
-    assert story.pool.take(a.holder, "workers") == 4
+    assert story.start(a) == 4
     assert not story.declare([a], [b])[b.holder].may_run, "its place is still taken"
     story.now = 1.0
     assert story.train(a, 4) == 2
@@ -149,8 +153,7 @@ def test_an_expert_shrinks_for_another_and_grows_when_it_has_gone() -> None:
 
 def test_a_change_waits_for_a_checkpoint() -> None:
     story, a, b = Story(), expert("a", 1, 4), expert("b", 1, 4)
-    story.declare([], [a])
-    story.pool.take(a.holder, "workers")
+    story.start(a)
     story.declare([a], [b])
     assert story.pool.follow(a.holder, "workers", 4) == 4
     assert story.pool.wants_change(a.holder, "workers", 1000.0, 0.0)
@@ -163,8 +166,7 @@ def test_a_change_waits_for_a_checkpoint() -> None:
 
 def test_a_run_that_never_saves_is_not_waited_for_for_ever() -> None:
     story, a, b = Story(), expert("a", 1, 4), expert("b", 1, 4)
-    story.declare([], [a])
-    story.pool.take(a.holder, "workers")
+    story.start(a)
     story.declare([a], [b])
     assert story.pool.follow(a.holder, "workers", 4) == 4
     story.now = PATIENCE_S + 1
@@ -173,8 +175,7 @@ def test_a_run_that_never_saves_is_not_waited_for_for_ever() -> None:
 
 def test_a_change_must_be_worth_its_start() -> None:
     story, a = Story({"GPU": 2.0}), expert("a", 1, 4)
-    story.declare([], [a])
-    assert story.pool.take(a.holder, "workers") == 2
+    assert story.start(a) == 2
     story.now = 30.0  # the start has taken so long
     assert story.train(a, 2, left_s=500.0) == 2
     story.nodes.append({"GPU": 2.0})
@@ -189,8 +190,7 @@ def test_a_change_must_be_worth_its_start() -> None:
 
 def test_lost_nodes_shrink_a_run_and_new_ones_let_it_grow() -> None:
     story, a = Story({"GPU": 2.0}, {"GPU": 2.0}), expert("a", 1, 4)
-    story.declare([], [a])
-    assert story.pool.take(a.holder, "workers") == 4
+    assert story.start(a) == 4
     story.nodes = [{"GPU": 2.0}]
     assert story.pool.take(a.holder, "workers") == 2, "started anew after the loss"
     story.nodes, story.now = [{"GPU": 2.0}] * 2, 20.0
@@ -215,8 +215,7 @@ def test_learners_that_wait_for_rollouts_make_room() -> None:
 def test_drivers_share_and_one_that_is_silent_is_forgotten() -> None:
     story, a = Story(), expert("a", 2, 4)
     mine, other = Demand("x/c", "c", dict(a.groups)), Demand("x/d", "d", dict(a.groups))
-    story.declare([], [a])
-    story.pool.take(a.holder, "workers")
+    story.start(a)
     story.declare([], [mine, other], run="x")
     assert story.train(a, 4) == 2 and story.train(a, 2) == 2
     answer = story.declare([], [mine, other], run="x")
@@ -251,8 +250,7 @@ def test_the_autoscaler_hears_what_is_wanted() -> None:
 
 def test_the_view_says_who_holds_and_who_waits() -> None:
     story, a, b = Story(), expert("a", 1, 3), expert("b", 4, 4)
-    story.declare([], [a])
-    story.pool.take(a.holder, "workers")
+    story.start(a)
     story.declare([a], [b])
     view = story.pool.view()
     assert view["total"] == {"CPU": 8.0, "GPU": 4.0} and view["free"] == {"CPU": 8.0, "GPU": 1.0}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,10 +50,11 @@ KILLED = {
     **{"SamplerActor": "sampler", "Grader": "grader", "TrainController": "controller"},
     **{"PoolActor": "pool", "Journal": "journal", f"({'|'.join(VERBS)})-": "step"},
 }
-FROZEN = {"RayTrainWorker": "training worker", "RolloutEngine": "rollout engine"}
+FROZEN = ("RayTrainWorker", "RolloutEngine")
 # Of a machine that is gone: Ray's own, which take minutes to notice.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-SAMPLED = ("rlvr", "merge", "route", "evaluate")  # not bitwise: engines batch as they can
+AFTER_RLVR = ("merge", "route", "evaluate")
+SAMPLED = ("rlvr", *AFTER_RLVR)  # not bitwise: engines batch as they can
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,6 @@ class Machines:
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(NUM_NODES)]
 
-    @property
-    def address(self) -> str:
-        return self.cluster.address
-
     def lose(self, node: Any) -> None:
         """A machine dies; another one comes."""
         self.nodes.remove(node)
@@ -87,7 +84,7 @@ class Machines:
         self.nodes.append(self.cluster.add_node(num_cpus=1))
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline = int((time.time() + DRAIN_S) * 1000)
-        GcsClient(address=self.address).drain_node(node.node_id, reason, "spot", deadline)
+        GcsClient(address=self.cluster.address).drain_node(node.node_id, reason, "spot", deadline)
         time.sleep(DRAIN_S)
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
@@ -101,13 +98,23 @@ class Machines:
                     found += psutil.Process(each.process.pid).children(recursive=True)
         return found
 
-    def called(self, name: str) -> list[psutil.Process]:
-        found = []
+    def victims(self) -> dict[str, list[psutil.Process]]:
+        """What can be killed, by the names in `KILLED`."""
+        found = defaultdict(list)
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                if re.match(f"ray::{name}", " ".join(process.cmdline())):
-                    found.append(process)
+                words = " ".join(process.cmdline())
+                for name in KILLED:
+                    if re.match(f"ray::{name}", words):
+                        found[name].append(process)
         return found
+
+    def drive(self, recipe: Path, place: str, said: Any = None) -> subprocess.Popen:
+        """Start a driver of the whole recipe on a storage; `said` takes what it complains of."""
+        command = [sys.executable, "jobs/train_all.py", str(recipe), f"storage={place}"]
+        command += [f"cluster.address={self.cluster.address}"]
+        env = {**os.environ, **FAST}
+        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=said)
 
     def end(self) -> None:
         self.cluster.shutdown()
@@ -135,7 +142,7 @@ class Campaign:
         pause = self._pause()
         while True:
             with tempfile.TemporaryFile("w+") as said:
-                driver = self._drive(said)
+                driver = self.machines.drive(self.recipe, self.place, said)
                 self.seen.add(psutil.Process(driver.pid))
                 while driver.poll() is None:
                     self.seen.update(self.machines.processes())
@@ -155,13 +162,6 @@ class Campaign:
     def _pause(self) -> float:
         return time.monotonic() + self.draw.uniform(MIN_GAP_S, MAX_GAP_S)
 
-    def _drive(self, said: Any) -> subprocess.Popen:
-        command = [sys.executable, "jobs/train_all.py", str(self.recipe), f"storage={self.place}"]
-        command += [f"cluster.address={self.machines.address}"]
-        return subprocess.Popen(
-            command, env={**os.environ, **FAST}, stdout=subprocess.DEVNULL, stderr=said
-        )
-
     def _strike(self, driver: subprocess.Popen) -> None:
         kinds = dict(self._possible(driver))
         kind = self.draw.choice(sorted(kinds))
@@ -174,12 +174,10 @@ class Campaign:
     def _possible(self, driver: subprocess.Popen) -> Iterator[tuple[str, Callable[[], None]]]:
         """What can be done now, by its name."""
         machines, draw, faulty = self.machines, self.draw, self.faulty
-        for name, shown in KILLED.items():
-            if victims := machines.called(name):
-                yield f"{shown} killed", draw.choice(victims).kill
-        for name, shown in FROZEN.items():
-            if victims := machines.called(name):
-                victim = draw.choice(victims)
+        for name, victims in machines.victims().items():
+            victim, shown = draw.choice(victims), KILLED[name]
+            yield f"{shown} killed", victim.kill
+            if name in FROZEN:
                 yield f"{shown} frozen for {FROZEN_S:.0f} s", lambda v=victim: self._freeze(v)
         node = draw.choice(machines.nodes)
         yield "machine lost", lambda: machines.lose(node)
@@ -213,7 +211,7 @@ class Campaign:
 
     def groups_left(self) -> list[str]:
         """Placement groups that nobody removed."""
-        ray.init(address=self.machines.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=self.machines.cluster.address, log_to_driver=False, logging_level="ERROR")
         try:
             table = ray.util.placement_group_table().values()
             return [group["name"] for group in table if group["state"] != "REMOVED"]
@@ -234,9 +232,9 @@ def calm(recipe: Path, place: str) -> None:
     """The same run, left alone."""
     machines = Machines()
     try:
-        command = [sys.executable, "jobs/train_all.py", str(recipe), f"storage={place}"]
-        command += [f"cluster.address={machines.address}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **FAST})
+        driver = machines.drive(recipe, place)
+        if driver.wait():
+            raise RuntimeError(f"a run that was left alone failed ({driver.returncode})")
     finally:
         machines.end()
 
@@ -261,7 +259,7 @@ def run(recipe: Recipe, limit: int, seed: int, root: str) -> dict[str, Any]:
         finally:
             campaign.machines.end()
         print(f"  {duration(hit_s)}\nits last steps once more, left alone", flush=True)
-        copy_without(hit, again, ("merge", "route", "evaluate"))
+        copy_without(hit, again, AFTER_RLVR)
         calm(path, again)
         graph = pipeline.build(replace(recipe, storage=hit))
         past = history.read(hit, topological(graph.targets), "")

@@ -47,13 +47,12 @@ def groups_of(step: Step) -> dict[str, Group]:
     if not isinstance(stage, Stage):
         return {"step": Group(LIGHT, 1, 1)}
     run = stage.run
-    low = run.min_workers or run.num_workers
-    workers = {"workers": Group(bundle_of_worker(run), low, run.num_workers)}
+    workers = {"workers": Group(bundle_of_worker(run), run.fewest_workers, run.num_workers)}
     if not isinstance(stage, Rlvr) or stage.replay:
         return workers
     rollout = stage.rollout
-    low = rollout.min_engines or rollout.num_engines
-    return {"engines": Group(bundle_of_engine(rollout), low, rollout.num_engines), **workers}
+    bundle = bundle_of_engine(rollout)
+    return {"engines": Group(bundle, rollout.fewest_engines, rollout.num_engines), **workers}
 
 
 def bundle_of_worker(run: Run) -> Resources:

@@ -249,9 +249,14 @@ class Page:
     def resource_hours(self) -> dict[str, float]:
         return history.resource_hours(self.spans)
 
+    @property
+    def begin(self) -> float:
+        """When the time axis of the run starts; epoch seconds."""
+        return min([self.description.get("started", math.inf), *(s.ready for s in self.spans)])
+
     def timeline(self) -> Markup:
+        begin = self.begin
         lanes: dict[str, list[svg.Bar]] = {n: [] for n in ("data", "base", *self.domains, "model")}
-        begin = min([self.description.get("started", math.inf), *(s.ready for s in self.spans)])
         owners = self._owners()
         for span in self.spans:
             verb, name, _ = span.who
@@ -275,8 +280,7 @@ class Page:
         Empty for a run in which nothing trained.
         """
         hours = self.resource_hours()
-        kind = "GPU" if hours.get("GPU") else "CPU"
-        begin = min([self.description.get("started", math.inf), *(s.ready for s in self.spans)])
+        kind, begin = "GPU" if hours.get("GPU") else "CPU", self.begin
         owners = self._owners()
         lanes: dict[str, list[svg.Block]] = {n: [] for n in ("base", *self.domains, "model")}
         for span in self.spans:

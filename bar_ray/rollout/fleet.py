@@ -94,7 +94,7 @@ class Fleet:
 
     def start(self) -> None:
         """Begin to start the engines; calls that need one wait until it is ready."""
-        self.resize(self.rollout.min_engines or self.rollout.num_engines)
+        self.resize(self.rollout.fewest_engines)
         self._spawn(self._watch())
 
     def resize(self, num_engines: int) -> None:

@@ -393,7 +393,7 @@ class SamplerActor:
         self.graders.start()
         await asyncio.to_thread(self.fleet.remove_leftovers)
         self.fleet.start()
-        if 0 < stage.rollout.min_engines < stage.rollout.num_engines:
+        if stage.rollout.fewest_engines < stage.rollout.num_engines:
             self.following = asyncio.ensure_future(self._follow_pool())
 
     async def _follow_pool(self) -> None:

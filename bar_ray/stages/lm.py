@@ -66,13 +66,12 @@ def _trainer(loop: Any, step: Step, run: Any, extra: dict[str, Any]) -> PoolTrai
     settings: RunSettings = step.settings["stage"].run
     uri = storage.join(step.storage_uri, "checkpoints", "ray_train")
     filesystem, path = storage.resolve(uri)
-    most = settings.num_workers
     return PoolTrainer(
         loop,
         holder(run.run_id, step),
         train_loop_config={"step": step, "run": run, **extra},
         scaling_config=ScalingConfig(
-            num_workers=(settings.min_workers or most, most),
+            num_workers=(settings.fewest_workers, settings.num_workers),
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker=bundle_of_worker(settings),
         ),
@@ -150,7 +149,7 @@ class Worker:
         self.resizing = False
         self.idle = 0.0  # share of the time that goes by waiting for rollouts
         settings = self.stage.run
-        is_elastic = 0 < settings.min_workers < settings.num_workers
+        is_elastic = settings.fewest_workers < settings.num_workers
         self.notice = Notice(
             from_first_rank,
             lambda **fields: run.event("preemption", step, **fields),
