@@ -9,9 +9,7 @@ Left out: keeping a reader on the old model while it is replaced; between the tw
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +39,13 @@ def export(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
     manifest = storage.read_manifest(target)
     if manifest is None or not _is_current(target, manifest, pipeline.bar, text):
         source = storage.fetch(pipeline.bar.artifact.uri)
-        with tempfile.TemporaryDirectory(dir=_staging(recipe.storage)) as folder:
-            output = Path(folder, "model")
-            output.mkdir()
-            _gather(Path(source), output, text)
+        output = storage.scratch(storage.staging_folder(recipe.storage))
+        try:
+            _gather(Path(source), Path(output), text)
             storage.delete(target)
-            manifest = storage.commit(str(output), target, lineage(pipeline))
+            manifest = storage.commit(output, target, lineage(pipeline))
+        finally:
+            storage.discard(output)
     return storage.join(target, manifest.data)
 
 
@@ -60,15 +59,6 @@ def _is_current(target: str, manifest: Manifest, bar: Step, text: str) -> bool:
     filesystem, path = storage.resolve(storage.join(target, manifest.data))
     found = filesystem.get_file_info([f"{path}/{name}" for name in manifest.files])
     return [info.size for info in found] == [f["size"] for f in manifest.files.values()]
-
-
-def _staging(storage_uri: str) -> str | None:
-    """A local model is staged on its own file system, so that committing ends in a rename."""
-    if not storage.is_local(storage_uri):
-        return None
-    folder = os.path.join(storage.local_path(storage_uri), "tmp")
-    os.makedirs(folder, exist_ok=True)
-    return folder
 
 
 def _gather(source: Path, output: Path, text: str) -> None:

@@ -93,11 +93,21 @@ def test_light_modules_name_nothing_heavy(unit: str) -> None:
 
 
 def test_configuring_and_planning_import_neither_torch_nor_ray() -> None:
-    light = sorted(f"bar_ray.{unit}" for unit in LIGHT if util.find_spec(f"bar_ray.{unit}"))
-    program = f"import sys, {', '.join(light)}; print(*({HEAVY!r} & sys.modules.keys()))"
+    light = [f"bar_ray.{unit}" for unit in LIGHT if util.find_spec(f"bar_ray.{unit}")]
+    assert heavy_after_importing(*light) == set()
+
+
+def test_processes_that_only_direct_others_are_quick_to_start() -> None:
+    """The driver, most steps and the sampler: torch and transformers take seconds to import."""
+    directing = ("cluster.run", "cluster.session", "rollout.sampler", "evaluate.run")
+    assert heavy_after_importing(*(f"bar_ray.{name}" for name in directing)) == {"ray"}
+
+
+def heavy_after_importing(*names: str) -> set[str]:
+    program = f"import sys, {', '.join(names)}; print(*({HEAVY!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
+    return set(done.stdout.split())
 
 
 def test_kernels_know_nothing_of_bar_ray() -> None:

@@ -1,5 +1,7 @@
 """Checkpoints of a stage: the newest whole one wins, and only damage costs one."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,30 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(ledger: Ledger) ->
 def test_an_upload_without_its_manifest_is_no_checkpoint(ledger: Ledger) -> None:
     orphan = storage.join(ledger.uri, "step-00000004", "data-0123456789ab", "weights")
     storage.write_bytes(orphan, b"weights of 4")
+    assert ledger.newest() == (3, [])
+
+
+def test_an_upload_goes_on_beside_training(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end, told = threading.Event(), []
+    commit = storage.commit
+    monkeypatch.setattr(storage, "commit", lambda *a: may_end.wait(30) and commit(*a))
+    folder = storage.scratch(str(tmp_path / "staging"))
+    Path(folder, "weights").write_text(f"weights of 4 in {ledger.uri}")
+    ledger.begin_commit(folder, 4, keep=2, then=lambda: told.append(4))
+    assert ledger.steps() == [2, 3] and not told
+    may_end.set()
+    ledger.wait()
+    assert told == [4] and ledger.steps() == [2, 3, 4] and not os.path.exists(folder)
+
+
+def test_a_failed_upload_is_told_at_the_next_one(ledger: Ledger, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    ledger.begin_commit(str(folder), 4, keep=0, then=lambda: None)
+    with pytest.raises(storage.StorageError, match=r"gone: it is not a directory"):
+        ledger.wait()
+    ledger.wait()  # once is enough
     assert ledger.newest() == (3, [])
 
 

@@ -1,9 +1,11 @@
 """Branch, surgery, freezing and merging on a small random model."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from bar_ray.merge import mean, merge
@@ -215,3 +217,16 @@ def test_bad_checkpoints_are_refused_with_a_reason(tmp_path: Path, post: Checkpo
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         Checkpoint(post.folder)
+
+
+def test_tensors_of_several_types_are_aligned(tmp_path: Path) -> None:
+    stored = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.randn(2), "c": torch.ones(())}
+    tensors.save(tmp_path / "model.safetensors", stored)
+    header = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(header[:8], "little")
+    offsets = {
+        k: v["data_offsets"] for k, v in json.loads(header[8 : 8 + size]).items() if k in stored
+    }
+    assert size % 8 == 0 and offsets == {"b": [0, 8], "c": [8, 12], "a": [12, 18]}
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in stored.items())

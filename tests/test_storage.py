@@ -1,6 +1,5 @@
 """Storage on a local disk and on a real S3-protocol server: the same tests for both."""
 
-import glob
 import os
 import random
 import re
@@ -9,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from bar_ray import storage
+from bar_ray.cluster.run import Run
+from bar_ray.graph import Step
+from bar_ray.recipe import Recipe
 from bar_ray.storage import StorageError, files, uris
 from bar_ray.types import UserError
 
@@ -231,6 +234,10 @@ def test_two_commits_at_once(root: str, tmp_path: Path) -> None:
             assert returned[0][i] == returned[1][i] == manifest.sha256
 
 
+def copies(cache: str) -> set[str]:
+    return {place.name for place in Path(cache).iterdir() if place.is_dir()}
+
+
 def test_two_fetches_at_once(s3: str, tmp_path: Path) -> None:
     uri, cache = f"s3://bkt/{tmp_path.name}{s3}", str(tmp_path / "cache")
     storage.commit(work_dir(tmp_path / "w", a="a" * 3_000_000, b="b"), uri, {})
@@ -239,16 +246,54 @@ def test_two_fetches_at_once(s3: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         here = list(pool.map(lambda _: storage.fetch(uri, cache), range(2)))
     found = {child.communicate(timeout=30)[0].strip() for child in children} | set(here)
-    assert len(found) == 1 and glob.glob(f"{cache}/*[!k]") == [here[0]]
+    assert len(found) == 1 and copies(cache) == {Path(here[0]).name}
     inode = os.stat(here[0]).st_ino
     assert storage.fetch(uri, cache) == here[0] and os.stat(here[0]).st_ino == inode
     damage(here[0], "a")  # a damaged copy in the cache is fetched anew
     assert Path(storage.fetch(uri, cache), "a").read_text() == "a" * 3_000_000
 
 
+def test_the_cache_makes_room_where_nobody_looks(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = f"s3://bkt/{tmp_path.name}{s3}", str(tmp_path / "cache")
+    names = {}
+    for name in "abc":
+        folder = work_dir(tmp_path / name, model=(name + tmp_path.name) * 50_000)
+        names[name] = storage.commit(folder, storage.join(root, name), {}).sha256
+    size = storage.read_manifest(storage.join(root, "a")).files["model"]["size"]
+    monkeypatch.setenv("BAR_RAY_CACHE_GB", str(2.5 * size / 1e9))
+    code = "import sys; from bar_ray import storage; storage.fetch(*sys.argv[1:]); print('there')"
+
+    def fetch(name: str, then: str = "") -> subprocess.Popen:
+        child = run_python(f"{code}; {then}", storage.join(root, name), cache)
+        assert child.stdout.readline() == "there\n"
+        return child
+
+    user = fetch("a", "sys.stdout.flush(); import time; time.sleep(60)")
+    try:
+        fetch("b").wait()
+        assert copies(cache) == {names["a"], names["b"]}
+        unfinished = Path(cache, f".{names['c']}.tmp-{os.uname().nodename}-{2**22 + 1}-0123abcd")
+        unfinished.mkdir()
+        fetch("c").wait()  # the oldest is in use
+        assert copies(cache) == {names["a"], names["c"]}
+    finally:
+        user.kill()
+        user.wait()
+    fetch("b").wait()
+    assert copies(cache) == {names["b"], names["c"]}
+    monkeypatch.setenv("BAR_RAY_CACHE_GB", "plenty")
+    with pytest.raises(StorageError, match=r"BAR_RAY_CACHE_GB is 'plenty'.*\n.*how many GB"):
+        storage.fetch(storage.join(root, "a"), cache)
+
+
 def test_large_files_are_uploaded_in_bounded_memory(s3: str, tmp_path: Path) -> None:
     code = """
 import re, sys; from bar_ray import storage
+from bar_ray.cluster.run import Run
+from bar_ray.graph import Step
+from bar_ray.recipe import Recipe
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
 before = peak()
 storage.commit(sys.argv[1], sys.argv[2], {})
@@ -294,23 +339,52 @@ def test_foreseeable_failures_are_two_lines_and_lose_nothing(
     assert sorted(os.listdir(tmp_path)) == ["file", "w"]
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    full = tmp_path / "full"
-    full.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(full)]
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount")
-    try:
-        work = work_dir(tmp_path / "w", a="1" * 2_000_000)
-        with pytest.raises(StorageError, match="full: free some space"):
-            storage.commit(work, str(full / "artifact"), {})
-        assert os.listdir(full) == [] and os.listdir(work) == ["a"]
-        storage.commit(
-            work_dir(tmp_path / "v", a="1"), str(full / "artifact"), {}
-        )  # another device
-        assert storage.verify(str(full / "artifact")) and not (tmp_path / "v").exists()
-    finally:
-        subprocess.run(["umount", str(full)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, small_disk: Path) -> None:
+    work = work_dir(tmp_path / "w", a="1" * 2_000_000)
+    with pytest.raises(StorageError, match="full: free some space"):
+        storage.commit(work, str(small_disk / "artifact"), {})
+    assert os.listdir(small_disk) == [] and os.listdir(work) == ["a"]
+    # From another device.
+    storage.commit(work_dir(tmp_path / "v", a="1"), str(small_disk / "artifact"), {})
+    assert storage.verify(str(small_disk / "artifact")) and not (tmp_path / "v").exists()
+
+
+def test_a_disk_that_fills_up_while_a_step_writes(small_disk: Path) -> None:
+    import torch
+
+    from bar_ray.model import tensors
+
+    run = Run("r1", Recipe(), None, "")
+    step = Step("merge", "merged", {}, storage_uri=str(small_disk))
+    with (
+        pytest.raises(StorageError, match=r"cannot write to .*\n.*full: free some space"),
+        run.output(step) as folder,
+    ):
+        tensors.save(Path(folder, "model.safetensors"), {"a": torch.zeros(1_000_000)})
+    assert os.listdir(small_disk / "tmp") == [] and not storage.exists(step.artifact.uri)
+    with pytest.raises(OSError, match="No such file"), run.output(step) as folder:
+        Path(folder, "a/b").write_text("what has nothing to do with space stays as it is")
+
+
+def test_what_a_killed_process_was_making_goes(tmp_path: Path) -> None:
+    code = "import sys; from bar_ray import storage; print(storage.scratch(*sys.argv[1:]))"
+    [left] = run_python(code, str(tmp_path)).communicate(timeout=30)[0].splitlines()
+    mine = storage.scratch(str(tmp_path))
+    assert not os.path.exists(left)
+    other = storage.scratch(str(tmp_path))
+    assert os.path.isdir(mine) and os.path.isdir(other)  # their process is at work
 
 
 def test_bytes_stay_as_they_are_whatever_the_name(root: str, tmp_path: Path) -> None:

@@ -7,13 +7,11 @@ to; an object store has no append, so there the whole object is put again every 
 import json
 import os
 import re
-import tempfile
 import time
 from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
-from tensorboardX import SummaryWriter
 
 from bar_ray import storage
 from bar_ray.log import step_line
@@ -31,12 +29,14 @@ class Journal:
     def __init__(self, storage_uri: str, run_id: str) -> None:
         self.run_id, self.uri = run_id, storage.join(storage_uri, "runs", run_id)
         self.local = storage.is_local(self.uri)
-        self.folder = storage.local_path(self.uri) if self.local else tempfile.mkdtemp()
-        os.makedirs(self.folder, exist_ok=True)
-        if not self.local:
+        if self.local:
+            self.folder = storage.local_path(self.uri)
+            os.makedirs(self.folder, exist_ok=True)
+        else:
+            self.folder = storage.scratch(storage.staging_folder(storage_uri))
             self._fetch()
         self.files = {name: open(os.path.join(self.folder, name), "a") for name in NAMES}
-        self.board: dict[str, SummaryWriter] = {}
+        self.board: dict[str, Any] = {}
         self.gauges: dict[str, Gauge] = {}
         self.lines: list[str] = []
         self.shown: dict[str, float] = {}
@@ -75,6 +75,8 @@ class Journal:
 
     def _publish(self, who: str, record: dict[str, Any], name: str, value: float) -> None:
         if who not in self.board:
+            from tensorboardX import SummaryWriter  # imports torch: seconds
+
             folder = os.path.join(self.folder, "tensorboard", who)
             self.board[who] = SummaryWriter(folder, flush_secs=10)
         self.board[who].add_scalar(name, value, record["step"])
@@ -108,4 +110,5 @@ class Journal:
             writer.close()
         if not self.local:
             self._upload()
+            storage.discard(self.folder)
         return self.drain()

@@ -1,6 +1,6 @@
 """The pool all experts share: who holds how many processes, who waits, who should have how many.
 
-One actor (`scaling.py`) serves every driver of a cluster. Drivers declare what they run and what
+One actor (`sharing.py`) serves every driver of a cluster. Drivers declare what they run and what
 waits, again and again; it answers what may start. A step is let in whole, engines and learners
 together: two steps that each held one group while waiting for the other would wait for ever.
 Elastic training runs are asked to shrink when another step is let in and to grow when there is

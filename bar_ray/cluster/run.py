@@ -6,8 +6,6 @@ node) and starts its own workers; independent steps run at the same time as far 
 
 import contextlib
 import importlib
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from bar_ray.cluster.journal import Journal
 from bar_ray.cluster.lease import Lease
 from bar_ray.cluster.pool import Standing, demand_of, holder
 from bar_ray.cluster.quota import Demand, missing
-from bar_ray.cluster.scaling import PoolClient
+from bar_ray.cluster.sharing import PoolClient
 from bar_ray.graph import VERBS, Planned, Step, key, topological
 from bar_ray.log import duration
 from bar_ray.recipe import Recipe, meaning
@@ -76,10 +74,10 @@ class Run:
         `info` may be filled inside the block: it goes into the manifest with the lineage.
         """
         extra = {} if info is None else info
-        with tempfile.TemporaryDirectory(dir=self._stage_beside(step)) as folder:
-            output = os.path.join(folder, "output")
-            os.mkdir(output)
-            yield output
+        output = storage.scratch(storage.staging_folder(step.storage_uri))
+        try:
+            with storage.unless_full("write to", output):
+                yield output
             lineage = {
                 "verb": step.verb,
                 "name": step.name,
@@ -89,14 +87,8 @@ class Run:
                 "data": dict(step.data),
             }
             storage.commit(output, step.artifact.uri, {**lineage, **extra})
-
-    def _stage_beside(self, step: Step) -> str | None:
-        """Local outputs are staged on their own file system, so that committing is a rename."""
-        if not storage.is_local(step.artifact.uri):
-            return None
-        staging = os.path.join(storage.local_path(step.storage_uri), "tmp")
-        os.makedirs(staging, exist_ok=True)
-        return staging
+        finally:
+            storage.discard(output)
 
     def event(self, event: str, step: Step, **fields: Any) -> None:
         who = {"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint}

@@ -5,15 +5,18 @@ and not from searching the text.
 """
 
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from bar_ray.types import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint, with a chat template that marks assistant turns."""
+    from transformers import AutoTokenizer  # seconds, which not every importer needs
+
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise UserError(
@@ -29,7 +32,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list, list]:
+def conversation(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> tuple[list, list]:
     """Token ids and loss mask (1 on assistant tokens) of a `messages` row."""
     encoded = tokenizer.apply_chat_template(
         row["messages"],
@@ -40,7 +43,7 @@ def conversation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tup
     return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+def prompt(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> list[int]:
     """Token ids of a prompt, ready for the assistant's turn."""
     encoded = tokenizer.apply_chat_template(
         row["messages"],
@@ -51,23 +54,23 @@ def prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]
     return list(encoded["input_ids"])
 
 
-def plain_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list, list]:
+def plain_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list, list]:
     """Token ids of raw text closed by the end-of-text token; every token counts in the loss."""
     ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     return ids, [1] * len(ids)
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Tokens that end an assistant turn: end-of-text and the template's end-of-turn."""
     ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+def completion_text(tokenizer: "PreTrainedTokenizerBase", token_ids: list[int]) -> str:
     """The completion as rewards read it: special tokens kept, end-of-turn removed."""
     stops = set(stop_ids(tokenizer))
     kept = [token for token in token_ids if token not in stops]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.activations import ACT2FN
 
 from bar_ray.model import tensors
-from bar_ray.model.tensors import Checkpoint, Spec
+from bar_ray.model.tensors import Checkpoint
 
 
 class ExpertFfn(nn.Module):
@@ -175,5 +175,5 @@ def write(
 ) -> None:
     """Write tensors by name on disk as a Hugging Face folder."""
     stored = {name: value.cpu() for name, value in stored.items()}
-    specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in stored.items()}
+    specs = tensors.specs_of(stored)
     tensors.write(folder, config.to_dict(), specs, stored.__getitem__, side_files)

@@ -161,10 +161,23 @@ def _shards(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
+def save(path: Path, stored: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors by name as one safetensors file."""
+    write_safetensors(path, specs_of(stored), stored.__getitem__)
+
+
+def specs_of(stored: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
+    return {name: Spec(value.dtype, tuple(value.shape)) for name, value in stored.items()}
+
+
 def write_safetensors(
     path: Path, specs: Mapping[str, Spec], tensor: Callable[[str], torch.Tensor]
 ) -> None:
-    """One safetensors file, tensor by tensor (format: u64 header length, JSON header, bytes)."""
+    """One safetensors file, tensor by tensor (format: u64 header length, JSON header, bytes).
+
+    The widest types come first, so that every tensor is aligned for those who map the file.
+    """
+    specs = dict(sorted(specs.items(), key=lambda entry: -entry[1].dtype.itemsize))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():

@@ -12,7 +12,6 @@ from typing import Any
 
 from bar_ray import rewards
 from bar_ray.data import chat, formats
-from bar_ray.train.grpo import advantages
 from bar_ray.types import OUTCOMES, UserError
 
 
@@ -121,6 +120,8 @@ class RolloutBatch:
 
     def trajectories(self, kind: str, mask_truncated: bool) -> list[Trajectory]:
         """Every completion with its advantage within its group."""
+        from bar_ray.train.grpo import advantages  # learners have torch, samplers need none
+
         return [
             Trajectory(group.prompt, c.tokens, c.logprobs, advantage)
             for group in self.groups

@@ -23,7 +23,7 @@ import numpy as np
 
 from bar_ray import storage
 from bar_ray.cluster.pool import holder
-from bar_ray.cluster.scaling import PoolClient
+from bar_ray.cluster.sharing import PoolClient
 from bar_ray.data import chat
 from bar_ray.data.mixture import Mixture, steps_of
 from bar_ray.recipe import Rlvr

@@ -9,16 +9,18 @@ uses it too.
 """
 
 import hashlib
+import os
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from bar_ray import storage
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +96,14 @@ def shared_files(source: Tensors | str, directory: str) -> Iterator[list[str]]:
             raise FileNotFoundError(f"no safetensors file in {source}")
         yield [str(file) for file in files]
         return
-    from safetensors.torch import save_file
+    from bar_ray.model import tensors
 
-    with TemporaryDirectory(prefix="bar_ray-push-", dir=directory) as folder:
+    folder = storage.scratch(os.path.join(directory, f"bar_ray-{os.getuid()}"))
+    try:
         file = Path(folder) / "weights.safetensors"
-        save_file({name: as_tensor(array) for name, array in source.items()}, file)
+        found = {name: as_tensor(array) for name, array in source.items()}
+        with storage.unless_full("hand weights over in", folder):
+            tensors.save(file, found)
         yield [str(file)]
+    finally:
+        storage.discard(folder)

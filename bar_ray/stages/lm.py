@@ -5,11 +5,11 @@ number; continuing at the same number of workers is bitwise the same as never ha
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -21,7 +21,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from bar_ray import storage
 from bar_ray.cluster.pool import bundle_of_worker, holder
-from bar_ray.cluster.scaling import PoolClient, PoolTrainer
+from bar_ray.cluster.scaling import PoolTrainer
+from bar_ray.cluster.sharing import PoolClient
 from bar_ray.graph import Step
 from bar_ray.recipe import Run as RunSettings
 from bar_ray.recipe import Stage
@@ -95,7 +96,9 @@ def lm_loop(config: dict[str, Any]) -> dict[str, Any]:
 def run_worker(worker: type["Worker"], **arguments: Any) -> dict[str, Any]:
     """Run one rank. A user's mistake is returned, not raised: retrying cannot mend it."""
     try:
-        return worker(**arguments).loop()
+        rank = worker(**arguments)
+        with contextlib.closing(rank.ledger):
+            return rank.loop()
     except Exception as error:
         if mistake := user_error_in(error):
             return {"user_error": str(mistake)}
@@ -181,7 +184,8 @@ class Worker:
             self._log(metrics, seconds, left_s)
             noticed = self.notice.wants_checkpoint(self.engine.step, left_s)
             if noticed or self.must_checkpoint():
-                self._checkpoint()
+                self._checkpoint(is_awaited=noticed)
+        from_first_rank(self.ledger.wait)
         self.before_output()
         self._finish(time.monotonic() - started)
         return {"steps": self.engine.step}
@@ -241,17 +245,30 @@ class Worker:
             self.run.event("resumed", self.step, at=self.engine.step)
         return state
 
-    def _checkpoint(self) -> None:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            self.engine.save(folder, self.checkpoint_state())
-            if self.rank == 0:
-                self.ledger.commit(folder, self.engine.step, {}, keep=self.best_step)
-                self.run.event("checkpoint", self.step, at=self.engine.step)
-        ray.train.report({"step": self.engine.step})
-        self.notice.saved(time.monotonic() - started)
+    def _checkpoint(self, is_awaited: bool) -> None:
+        """Save; the upload goes on beside the next steps, unless a change waits for it."""
+        started, step = time.monotonic(), self.engine.step
+        from_first_rank(self.ledger.wait)  # for the checkpoint before
+        folder = from_first_rank(lambda: storage.scratch(self.ledger.staging))
+        on_every_rank(lambda: self._save(folder))
+        if self.rank == 0:
+            there = functools.partial(self.run.event, "checkpoint", self.step, at=step)
+            self.ledger.begin_commit(folder, step, self.best_step, there)
+        saved_s = time.monotonic() - started
+        if is_awaited:
+            from_first_rank(self.ledger.wait)
+        ray.train.report({"step": step})
+        self.notice.saved(saved_s + self.ledger.commit_s)
         if self.resizing:
             self.pool.ask("saved", self.holder, "workers")
+
+    def _save(self, folder: str) -> None:
+        try:
+            with storage.unless_full("save a checkpoint in", folder):
+                self.engine.save(folder, self.checkpoint_state())
+        except (OSError, UserError):
+            storage.discard(folder)  # a full disk needs the room
+            raise
 
     def _wants_resize(self, left_s: float) -> bool:
         """Whether the pool has more or fewer workers for this run; it waits for a checkpoint."""

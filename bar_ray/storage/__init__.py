@@ -1,22 +1,35 @@
 """The one door to storage: URIs, whole files and artifacts."""
 
-from bar_ray.storage.artifacts import Manifest, commit, fetch, leftovers, read_manifest, verify
+from bar_ray.storage.artifacts import Manifest, commit, leftovers, read_manifest, verify
+from bar_ray.storage.cache import fetch
 from bar_ray.storage.files import (
     CHECKPOINT_FILES,
     MANIFEST,
     check_writable,
     delete,
+    discard,
     exists,
     fingerprint_files,
     list_files,
     move,
+    pour,
     read_bytes,
     read_json,
+    scratch,
+    staging_folder,
     tree,
     write_bytes,
     write_json,
 )
-from bar_ray.storage.uris import Damaged, StorageError, is_local, join, local_path, resolve
+from bar_ray.storage.uris import (
+    Damaged,
+    StorageError,
+    is_local,
+    join,
+    local_path,
+    resolve,
+    unless_full,
+)
 
 __all__ = [
     "CHECKPOINT_FILES",
@@ -27,6 +40,7 @@ __all__ = [
     "check_writable",
     "commit",
     "delete",
+    "discard",
     "exists",
     "fetch",
     "fingerprint_files",
@@ -36,11 +50,15 @@ __all__ = [
     "list_files",
     "local_path",
     "move",
+    "pour",
     "read_bytes",
     "read_json",
     "read_manifest",
     "resolve",
+    "scratch",
+    "staging_folder",
     "tree",
+    "unless_full",
     "verify",
     "write_bytes",
     "write_json",

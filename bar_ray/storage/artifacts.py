@@ -3,7 +3,8 @@
 `MANIFEST.json` (size and sha256 of every file) comes last: no manifest, no artifact. On a local
 disk the finished directory is renamed into place; object stores cannot rename, so files go under
 `data-<uuid>/` and the manifest naming that prefix is put last. Writers never mix.
-Left out: locks (`cluster.lease`) and any policy of deleting what is old (`retention`).
+Left out: copies of what is remote (`cache`), locks (`cluster.lease`), and which old artifacts to
+delete (`retention`).
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import functools
 import json
 import os
 import re
-import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -26,16 +26,14 @@ from bar_ray.storage.files import (
     LOCAL_LEFTOVER,
     MANIFEST,
     REMOTE_LEFTOVER,
-    alone,
     beside,
-    cache_folder,
     create,
     delete,
     digest,
     discard,
     each,
     hash_file,
-    is_running,
+    owner_is_gone,
     pour,
     read_bytes,
     sync,
@@ -104,7 +102,7 @@ def read_manifest(uri: str) -> Manifest | None:
     return manifest
 
 
-def _committed(uri: str) -> Manifest:
+def committed(uri: str) -> Manifest:
     manifest = read_manifest(uri)
     if manifest is None:
         words = f"no artifact at {shown(uri)}: it has no {MANIFEST}"
@@ -112,7 +110,7 @@ def _committed(uri: str) -> Manifest:
     return manifest
 
 
-def _check(uri: str, manifest: Manifest, read: Callable[[str, str], Any], name: str) -> None:
+def check_file(uri: str, manifest: Manifest, read: Callable[[str, str], Any], name: str) -> None:
     """Read one file of an artifact and compare it with the manifest."""
     expected, place = manifest.files[name], join(uri, manifest.data, name)
     try:
@@ -128,42 +126,11 @@ def _check(uri: str, manifest: Manifest, read: Callable[[str, str], Any], name: 
 
 def verify(uri: str) -> Manifest:
     """Read every byte of an artifact and return its manifest if all are as committed."""
-    manifest = _committed(uri)
-    check = functools.partial(_check, uri, manifest, lambda place, _: hash_file(place))
+    manifest = committed(uri)
+    check = functools.partial(check_file, uri, manifest, lambda place, _: hash_file(place))
     with explained("verify", uri):
         each(check, manifest.files)
     return manifest
-
-
-def fetch(uri: str, cache_dir: str | None = None) -> str:
-    """A local directory with the verified files of an artifact: itself, or a copy in the cache."""
-    if is_local(uri):
-        return os.path.join(local_path(uri), verify(uri).data).rstrip("/")
-    manifest = _committed(uri)
-    target = join(cache_dir or cache_folder(), manifest.sha256)
-    with alone(target):  # the processes of a machine download a file once
-        return _download(uri, manifest, target)
-
-
-def _download(uri: str, manifest: Manifest, target: str) -> str:
-    try:
-        if read_manifest(target):
-            verify(target)
-            return target
-    except Damaged:
-        delete(target)  # a damaged copy is fetched anew
-    ours = beside(target)
-    download = functools.partial(
-        _check, uri, manifest, lambda place, name: pour(place, os.path.join(ours, name))
-    )
-    try:
-        with explained(f"fetch {shown(uri)} to", target):
-            os.makedirs(ours)
-            each(download, manifest.files)
-        commit(ours, target, manifest.info)
-    finally:
-        discard(ours)
-    return target
 
 
 def commit(local_dir: str, uri: str, info: dict[str, Any], keep: bool = False) -> Manifest:
@@ -223,7 +190,7 @@ def _commit_local(source: str, path: str, info: dict[str, Any], copy: bool) -> M
             sync(folder)
         won = _rename_into_place(staged, path)
         sync(parent)
-        return manifest if won else _committed(path)
+        return manifest if won else committed(path)
     except OSError as error:
         if copy or error.errno not in (errno.EXDEV, errno.EBUSY):
             raise
@@ -263,7 +230,7 @@ def _commit_remote(source: str, uri: str, info: dict[str, Any]) -> Manifest:
             return winner
         undo.pop_all()  # a put reported as failed may still have been made
     write_bytes(join(uri, MANIFEST), Manifest(files, info, data, _now()).sealed)
-    return _committed(uri)
+    return committed(uri)
 
 
 def _forget(uri: str) -> None:
@@ -307,5 +274,4 @@ def _is_abandoned(uri: str, name: str) -> bool:
     if not is_local(uri):
         manifest = read_manifest(join(uri, artifact))
         return manifest is None or manifest.data != last
-    host, pid, _ = last.rpartition(".tmp-")[2].rsplit("-", 2)
-    return host == socket.gethostname() and not is_running(int(pid))
+    return owner_is_gone(last)

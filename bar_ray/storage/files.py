@@ -1,7 +1,6 @@
 """Whole files behind URIs: read, write, list, delete, hash and fingerprint them."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ MANIFEST = "MANIFEST.json"
 CHUNK = 8 << 20
 THREADS = 8
 CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # not its README
-LOCAL_LEFTOVER = r"\.[^/]+\.tmp-[^/]+-\d+-[0-9a-f]{8}"
+LOCAL_LEFTOVER = r"\.[^/]+\.tmp-[^/]+-\d+-[0-9a-f]{8}"  # as made by `beside`
 REMOTE_LEFTOVER = r"data-[0-9a-f]{12}"
 FLAT = ("s3", "gcs", "abfs")  # object stores: no directories to create
 
@@ -36,18 +35,40 @@ def beside(path: str) -> str:
     )
 
 
+def owner_is_gone(path: str) -> bool:
+    """Whether the process that made a sibling (`beside`) ran on this host and has ended."""
+    host, pid, _ = path.rpartition(".tmp-")[2].rsplit("-", 2)
+    return host == socket.gethostname() and not is_running(int(pid))
+
+
+def scratch(folder: str) -> str:
+    """A new, hidden folder for unfinished work; its maker removes it (`discard`).
+
+    What makers that were killed have left in `folder` goes now.
+    """
+    with explained("make a folder in", folder):
+        os.makedirs(folder, exist_ok=True)
+        discard_abandoned(folder)
+        path = beside(os.path.join(folder, "work"))
+        os.mkdir(path)
+        return path
+
+
+def discard_abandoned(folder: str) -> None:
+    for name in os.listdir(folder):
+        if re.fullmatch(LOCAL_LEFTOVER, name) and owner_is_gone(name):
+            discard(os.path.join(folder, name))
+
+
 def cache_folder() -> str:
     """Where this machine keeps copies of what lies elsewhere ($BAR_RAY_CACHE)."""
     return os.path.expanduser(os.environ.get("BAR_RAY_CACHE", "~/.cache/bar_ray"))
 
 
-@contextlib.contextmanager
-def alone(path: str) -> Iterator[None]:
-    """Let one process of this machine at a time work on `path`."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # given up by the kernel however the process ends
-        yield
+def staging_folder(root: str) -> str:
+    """Where what goes to a storage root is made: on its own disk, so that committing is a rename,
+    or in the cache."""
+    return os.path.join(local_path(root), "tmp") if is_local(root) else cache_folder()
 
 
 def is_running(pid: int) -> bool:

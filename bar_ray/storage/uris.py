@@ -62,6 +62,18 @@ def explained(action: str, uri: str) -> Iterator[None]:
         raise StorageError(f"cannot {action} {shown(uri)}: {reason}\n{hint}") from error
 
 
+@contextlib.contextmanager
+def unless_full(action: str, path: str) -> Iterator[None]:
+    """One clear message when the disk fills up; other errors are left as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with explained(action, path):
+            raise
+
+
 def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 

@@ -23,10 +23,9 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from bar_ray.model import experts, freeze
+from bar_ray.model import experts, freeze, tensors
 from bar_ray.recipe import Stage
 from bar_ray.train.schedule import rate
 
@@ -166,8 +165,8 @@ class Engine:
                 weights[name] = full.pop("")
                 moments |= {name + moment: value for moment, value in full.items()}
         if first:
-            save_file(weights, Path(folder) / "weights.safetensors")
-            save_file(moments, Path(folder) / "optimizer.safetensors")
+            tensors.save(Path(folder) / "weights.safetensors", weights)
+            tensors.save(Path(folder) / "optimizer.safetensors", moments)
             (Path(folder) / "state.json").write_text(
                 json.dumps({**state, "step": self.step, "updates": self.updates})
             )

@@ -2,10 +2,14 @@
 
 They live beside the artifacts under the step's fingerprint and go once the artifact is there. Each
 is an artifact of its own, with its manifest written last, so a kill at any moment leaves either a
-whole checkpoint or none. A damaged one is moved to `<storage>/quarantine/`, to be looked at.
+whole checkpoint or none. Uploads go on beside training, one at a time. A damaged checkpoint is
+moved to `<storage>/quarantine/`, to be looked at.
 """
 
+import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from bar_ray import storage
@@ -24,6 +28,31 @@ class Ledger:
         place = (step.verb, step.name, step.fingerprint)
         self.uri = storage.join(step.storage_uri, "checkpoints", *place)
         self.quarantine = storage.join(step.storage_uri, "quarantine", *place)
+        self.staging = storage.staging_folder(step.storage_uri)
+        self.commit_s = 0.0  # the longest upload so far
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._upload: Future[None] | None = None
+
+    def begin_commit(self, folder: str, step: int, keep: int, then: Callable[[], None]) -> None:
+        """Publish a checkpoint folder while training goes on; `then` is called once it is there."""
+        self.wait()
+
+        def work() -> None:
+            started = time.monotonic()
+            try:
+                self.commit(folder, step, {}, keep)
+            finally:
+                storage.discard(folder)
+            self.commit_s = max(self.commit_s, time.monotonic() - started)
+            then()
+
+        self._upload = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Return when the upload that was begun has ended; raise what went wrong with it."""
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.result()
 
     def commit(self, folder: str, step: int, info: dict[str, Any], keep: int = 0) -> None:
         """Publish a checkpoint folder, then drop all but the newest and the one at `keep`."""
@@ -31,6 +60,10 @@ class Ledger:
         for old in self.steps()[: -self.keep_last]:
             if old != keep:
                 storage.delete(self._at(old))
+
+    def close(self) -> None:
+        """Let the last upload end, whatever comes of it."""
+        self._thread.shutdown()
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first; unfinished uploads are not among them."""
