@@ -159,6 +159,7 @@ def wait_for(what: Callable[[], Any], driver: subprocess.Popen, seconds: float =
 
 
 @slow
+@several
 def test_a_preempted_stage_saves_in_time_and_goes_on_elsewhere(
     cluster: Any, metadata: str, tmp_path: Path
 ) -> None:

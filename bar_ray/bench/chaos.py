@@ -38,7 +38,7 @@ from bar_ray.report import history
 
 NUM_NODES = 2
 DRAIN_S, FROZEN_S, OUTAGE_S = 12.0, 8.0, 6.0
-MIN_GAP_S, MAX_GAP_S = 6.0, 24.0
+MIN_GAP_S, MAX_GAP_S = 8.0, 32.0
 END_S = 60.0
 FAST = {
     **{"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"},
@@ -164,7 +164,9 @@ class Campaign:
 
     def _strike(self, driver: subprocess.Popen) -> None:
         kinds = dict(self._possible(driver))
-        kind = self.draw.choice(sorted(kinds))
+        known = Counter(fault.kind for fault in self.faults)
+        rarest = min(known[kind] for kind in kinds)  # what can seldom be done comes when it can
+        kind = self.draw.choice(sorted(kind for kind in kinds if known[kind] == rarest))
         at = time.monotonic() - self.started
         print(f"  {duration(at):>8}  {kind}", flush=True)
         self.faults.append(Fault(at, kind))
@@ -228,6 +230,15 @@ class Campaign:
         return [words for words in left if not words.startswith(AGENTS)]
 
 
+def files_left(folder: Path) -> list[str]:
+    """Unfinished work in the cache and in shared memory, and temporary files that hold anything."""
+    hidden = [*folder.glob("cache/.*"), *Path("/dev/shm").glob("bar_ray-*/.*")]
+    not_ours = ("ray", "torchinductor")
+    temporary = [p for p in (folder / "tmp").iterdir() if not p.name.startswith(not_ours)]
+    full = [p for top in temporary for p in (top, *top.rglob("*")) if p.is_file()]
+    return [str(p) for p in (*hidden, *full) if p.is_dir() or p.stat().st_size]
+
+
 def calm(recipe: Path, place: str) -> None:
     """The same run, left alone."""
     machines = Machines()
@@ -241,11 +252,15 @@ def calm(recipe: Path, place: str) -> None:
 
 def run(recipe: Recipe, limit: int, seed: int, root: str) -> dict[str, Any]:
     """A run left alone, one under fire, and one that repeats the last steps of the latter."""
-    with tempfile.TemporaryDirectory() as folder, serving() as (faulty, query):
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        serving() as (faulty, query),
+    ):
         path = Path(folder, "recipe.yaml")
         path.write_text(dump(recipe))
         left_alone, hit, again = (f"s3://bkt/{n}{query}" for n in ("calm", "hit", "again"))
-        os.environ["BAR_RAY_CACHE"] = f"{folder}/cache"
+        os.environ |= {"BAR_RAY_CACHE": f"{folder}/cache", "TMPDIR": f"{folder}/tmp"}
+        os.mkdir(f"{folder}/tmp")
         print("a run left alone", flush=True)
         started = time.monotonic()
         calm(path, left_alone)
@@ -262,12 +277,15 @@ def run(recipe: Recipe, limit: int, seed: int, root: str) -> dict[str, Any]:
         copy_without(hit, again, AFTER_RLVR)
         calm(path, again)
         graph = pipeline.build(replace(recipe, storage=hit))
-        past = history.read(hit, topological(graph.targets), "")
+        steps = topological(graph.targets)
         found = {
-            **{"seed": seed, "calm_s": calm_s, "hit_s": hit_s, "goodput": past.goodput()},
+            **{"seed": seed, "calm_s": calm_s, "hit_s": hit_s},
+            "goodput": history.read(hit, steps, "").goodput(),
+            "calm_goodput": history.read(left_alone, steps, "").goodput(),
             "faults": [asdict(fault) for fault in campaign.faults],
             **{"driver_exits": campaign.exits, "groups_left": groups},
             "processes_left": campaign.processes_left(),
+            "files_left": files_left(Path(folder)),
             "differ": differing(left_alone, hit, lambda verb: verb not in SAMPLED),
             "differ_again": differing(again, hit, lambda verb: verb in ("merge", "route")),
             "prompts": prompts(graph),
@@ -331,6 +349,7 @@ def mistakes(found: dict[str, Any]) -> list[str]:
     for domain, used in found["prompts"].items():
         wrong += [f"{domain}: {used[k]} prompts {k}" for k in ("left_out", "repeated") if used[k]]
     wrong += [f"process left: {name}" for name in found["processes_left"]]
+    wrong += [f"file left: {name}" for name in found["files_left"]]
     return wrong + [f"placement group left: {name}" for name in found["groups_left"]]
 
 
@@ -347,9 +366,9 @@ def table(found: dict[str, Any]) -> str:
         f"{found['differ_again']['compared']}",
         f"RLVR prompts: {found['prompts']}",
         f"left behind: {len(found['processes_left'])} processes, "
-        f"{len(found['groups_left'])} placement groups",
+        f"{len(found['groups_left'])} placement groups, {len(found['files_left'])} files",
         f"{duration(found['hit_s'])}, left alone {duration(found['calm_s'])}; "
-        f"goodput {found['goodput']:.2f}",
+        f"goodput {found['goodput']:.2f}, left alone {found['calm_goodput']:.2f}",
     ]
     wrong = mistakes(found)
     return "\n".join([*lines, f"mistakes: {len(wrong)}", *wrong])

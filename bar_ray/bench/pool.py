@@ -1,11 +1,12 @@
 """The shared pool: how long three experts of different length take together.
 
 Real Ray, Ray Train and pool on a cluster of logical GPUs; the training itself is simulated, as time
-that goes by: `n` workers do `n` GPU-seconds of work a second. So the makespan can be compared with
-its lower bound, with one expert after another and with an equal share for each, and what it costs
-above the bound is what starting processes and changing their number costs.
+that goes by: `n` workers do `n` GPU-seconds of work a second, up to as many as a global batch has
+parts for. So the makespan can be compared with its lower bound, with one expert after another and
+with an equal share for each. Starting processes takes real time: the arms start different numbers.
 """
 
+import itertools
 import json
 import math
 import tempfile
@@ -25,16 +26,18 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from bar_ray import storage
 from bar_ray.cluster.quota import Demand, Group
-from bar_ray.cluster.scaling import PoolClient, PoolMixin
+from bar_ray.cluster.scaling import PoolMixin
+from bar_ray.cluster.sharing import PoolClient
+from bar_ray.report import svg
 
 STEP_S, ASK_EVERY, POLL_S = 0.5, 4, 0.5
-GPUS = 6
+GPUS, MOST = 6, 4
 RESIZE_S = 10.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """An expert: so many GPU-seconds of training, on at most all GPUs."""
+    """An expert: so many GPU-seconds of training, on at most `MOST` GPUs."""
 
     name: str
     work: float
@@ -87,7 +90,7 @@ def makespan(low: int, high: int, folder: Path) -> dict[str, Any]:
         for name, job in jobs.items()
     }
     waiting, running = list(demands), dict[str, threading.Thread]()
-    sizes: dict[str, list[tuple[float, int]]] = {job.name: [] for job in JOBS}
+    sizes: dict[str, list[tuple[float, int]]] = {job.name: [(0.0, 0)] for job in JOBS}
     started = time.monotonic()
     while waiting or running:
         ended = [name for name, thread in running.items() if not thread.is_alive()]
@@ -104,21 +107,22 @@ def makespan(low: int, high: int, folder: Path) -> dict[str, Any]:
         for name in running:
             known = sizes[jobs[name].name]
             held = answer[name].held["workers"] if name in answer else 0
-            if not known or known[-1][1] != held:
+            if known[-1][1] != held:
                 known.append((time.monotonic() - started, held))
         time.sleep(POLL_S)
     pool.ask("leave", run_id)
-    return {"seconds": time.monotonic() - started, "workers": sizes}
+    changes = sum(count > 0 for known in sizes.values() for _, count in known)
+    return {"seconds": time.monotonic() - started, "starts": changes, "workers": sizes}
 
 
 def bound() -> float:
-    """No schedule is faster: the longest job on all GPUs, or all work on all GPUs."""
-    return max(*(job.work / GPUS for job in JOBS), sum(job.work for job in JOBS) / GPUS)
+    """No schedule is faster: the longest job on as many GPUs as it can use, or all work on all."""
+    return max(*(job.work / MOST for job in JOBS), sum(job.work for job in JOBS) / GPUS)
 
 
 def arms() -> Iterator[tuple[str, int, int]]:
-    yield "shared pool", 1, GPUS
-    yield "one after another", GPUS, GPUS
+    yield "shared pool", 1, MOST
+    yield "one after another", MOST, MOST
     yield "equal shares", GPUS // len(JOBS), GPUS // len(JOBS)
 
 
@@ -140,14 +144,45 @@ def run(root: str) -> dict[str, Any]:
         ray.shutdown()
         cluster.shutdown()
     storage.write_json(storage.join(root, "pool.json"), found)
+    storage.write_bytes(storage.join(root, "pool.html"), page(found).encode())
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    lines = [f"lower bound: {found['bound_s']:.0f} s for {found['work']} on {found['gpus']} GPUs"]
+def page(found: dict[str, Any]) -> str:
+    """Who held what over time, a chart per arm, in the colours of the report."""
+    css = (Path(svg.__file__).parent / "page.css").read_text()
+    legend = [
+        f'<span><i class="dot" style="background: var(--s{number})"></i>'
+        f"{job}: {work:.0f} GPU-seconds</span>"
+        for number, (job, work) in enumerate(found["work"].items())
+    ]
+    parts = [f"<style>{css}:root {{--s0: #4269d0; --s1: #efb118; --s2: #ff725c}}</style>"]
+    parts += [f"<h1>Three experts on {found['gpus']} GPUs, at most {MOST} each</h1>"]
+    parts += [f'<p class="legend">{" ".join(legend)}</p>']
+    longest = max(found[name]["seconds"] for name, *_ in arms())
     for name, *_ in arms():
-        seconds = found[name]["seconds"]
-        lines.append(f"{name:<18}  {seconds:6.0f} s  {seconds / found['bound_s']:.2f} of the bound")
+        lanes = [
+            (job, f"var(--s{number})", blocks(changes))
+            for number, (job, changes) in enumerate(found[name]["workers"].items())
+        ]
+        parts += [f"<h2>{name}: {found[name]['seconds']:.0f} s</h2>"]
+        parts += [str(svg.stacked(lanes, longest, "GPUs held"))]
+    return "\n".join(parts)
+
+
+def blocks(changes: list[tuple[float, int]]) -> list[svg.Block]:
+    return [svg.Block(at, end, n) for (at, n), (end, _) in itertools.pairwise(changes) if n]
+
+
+def table(found: dict[str, Any]) -> str:
+    bound_s = found["bound_s"]
+    lines = [
+        f"lower bound: {bound_s:.0f} s for {found['work']} GPU-seconds on {found['gpus']} GPUs"
+    ]
+    for name, *_ in arms():
+        seconds, starts = found[name]["seconds"], found[name]["starts"]
+        of_bound = f"{seconds / bound_s:.2f} of the bound"
+        lines.append(f"{name:<18}  {seconds:6.0f} s  {of_bound}  {starts} starts")
     for job, changes in found["shared pool"]["workers"].items():
         shown = ", ".join(f"{count} from {at:.0f} s" for at, count in changes)
         lines.append(f"  {job}: {shown}")
