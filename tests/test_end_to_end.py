@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -300,17 +301,24 @@ RLVR_METRICS = (
 )
 
 
+NOTICED = {
+    "RolloutEngine": "engine_lost",
+    "SamplerActor": "sampler_lost",
+    "RayTrainWorker": "resumed",
+}
+
+
 def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path: Path) -> None:
     """An engine, the sampler, the learner and the driver are killed in turn."""
     store = str(tmp_path / "faults")
     shutil.copytree(straight, store)
     overrides = (*ONLY_CODE, *FREQUENT, *ASYNCHRONOUS, *easily_rewarded(tmp_path))
     with subprocess.Popen(command("merge", store, *overrides), stdout=subprocess.DEVNULL) as driver:
-        for number, name in enumerate(("RolloutEngine", "SamplerActor", "RayTrainWorker"), start=1):
-            wait_for_checkpoint(store, "rlvr", 3 * number, driver)
-            [*victims] = processes_called(driver.pid, name)
-            victims[0].kill()
-        wait_for_checkpoint(store, "rlvr", 14, driver)
+        for name, event in NOTICED.items():
+            wait_for_new_checkpoint(store, "rlvr", driver)
+            processes_called(driver.pid, name)[0].kill()
+            wait_for_event(store, event, driver)
+        wait_for_new_checkpoint(store, "rlvr", driver)
         started = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
     require_gone(started)
@@ -326,8 +334,7 @@ def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path
     scores = json.loads((folder / "held_out.json").read_text())
     assert set(scores["by_step"]) == {"10", "20"}
     events = [record["event"] for record in recorded(store, "events.jsonl")]
-    for event, times in {"engine_lost": 1, "sampler_lost": 1, "resumed": 2}.items():
-        assert events.count(event) >= times, f"a kill that should lead to {event} came too late"
+    assert events.count("resumed") >= 2, "the driver was killed too late"
     rows = [row for row in recorded(store, "metrics.jsonl") if row["verb"] == "rlvr"]
     assert max(row["staleness_max"] for row in rows) <= 2
     assert max(row["canary_gap"] for row in rows) < 1e-3
@@ -342,15 +349,31 @@ def recorded(store: str, name: str) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def wait_for_checkpoint(store: str, verb: str, step: int, driver: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 600
+def newest_checkpoint(store: str, verb: str) -> int:
     pattern = f"checkpoints/{verb}/*/*/step-*/MANIFEST.json"
-    while True:
-        steps = [int(p.parent.name.removeprefix("step-")) for p in Path(store).glob(pattern)]
-        if max(steps, default=0) >= step:
-            return
-        assert driver.poll() is None, "the driver ended before its process could be killed"
-        assert time.monotonic() < deadline, f"no checkpoint of {verb} at {step}"
+    steps = [int(p.parent.name.removeprefix("step-")) for p in Path(store).glob(pattern)]
+    return max(steps, default=0)
+
+
+def wait_for_new_checkpoint(store: str, verb: str, driver: subprocess.Popen) -> None:
+    last = newest_checkpoint(store, verb)
+    wait_for(f"checkpoint of {verb}", lambda: newest_checkpoint(store, verb) > last, driver)
+
+
+def wait_for_event(store: str, event: str, driver: subprocess.Popen) -> None:
+    """A loss that is noticed; one that is not, as another followed too soon, says nothing."""
+
+    def happened() -> bool:
+        return any(record["event"] == event for record in recorded(store, "events.jsonl"))
+
+    wait_for(event, happened, driver)
+
+
+def wait_for(what: str, happened: Callable[[], bool], driver: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 600
+    while not happened():
+        assert driver.poll() is None, f"the driver ended before there was a {what}"
+        assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.1)
 
 
