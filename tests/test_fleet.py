@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ import torch
 from ray.actor import ActorHandle
 from safetensors.numpy import load_file
 
-from bar_ray.recipe import Rollout, Sandbox
+from bar_ray.recipe import Rlvr, Rollout, Sandbox
 from bar_ray.rollout.engine import EngineOptions, Sampling
 from bar_ray.rollout.fleet import Fleet, FleetError
 from bar_ray.rollout.graders import Graders
+from bar_ray.rollout.sampler import SamplerActor
+from bar_ray.rollout.source import LiveRollouts
 from bar_ray.rollout.sync import Canary, CanaryError, WeightSync
 from bar_ray.rollout.weights import Tensors
 
@@ -348,3 +351,50 @@ def test_a_push_that_cannot_be_repaired_stops_the_run(sync: WeightSync, folder: 
         with pytest.raises(CanaryError, match=f"Tensors that differ: {named}"):
             sync.synchronise(version)
         assert sync.rollouts.pushes == 2
+
+
+class Line:
+    """Of a sampler, only where the line of prompts stands."""
+
+    def __init__(self) -> None:
+        self.order = SimpleNamespace(num_steps=9)
+        self.at: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        return self.at
+
+    def restore(self, state: dict[str, Any], num_batches: int) -> None:
+        self.at = {**state, "batches": num_batches}
+
+
+class BareSampler(SamplerActor):
+    """The sampler's actor without engines; what it reports goes to a file."""
+
+    async def _open(self) -> None:
+        self._sampler = Line()
+
+    def _report(self, event: str, message: str = "", **fields: Any) -> None:
+        with open(self.run, "a") as file:
+            file.write(f"{event}\n")
+
+
+def test_calls_that_wait_for_a_lost_sampler_find_it_where_the_line_stood(
+    cluster: None, tmp_path: Path
+) -> None:
+    """Ray keeps them for the one it starts again, which knows nothing of the line."""
+    stage = Rlvr()
+    step = SimpleNamespace(settings={"stage": stage})
+    options = {"num_cpus": 0, "max_restarts": 9}
+    actor = ray.remote(BareSampler).options(**options).remote(step, str(tmp_path / "events"))
+    rollouts = LiveRollouts(actor, stage)
+    assert rollouts.open() == 9
+    rollouts.start({"cursor": 5}, 3)
+    for number in range(1, 4):
+        ray.kill(actor, no_restart=False)
+        if number > 1:  # not only calls that are under way when it dies
+            time.sleep(number - 1)
+        assert rollouts.state() == {"cursor": 5, "batches": 3}
+        assert rollouts.num_lost == number
+    ray.get(actor.ping.remote())
+    assert (tmp_path / "events").read_text().split() == ["sampler_lost"] * 3
+    ray.kill(actor)

@@ -14,6 +14,10 @@ class Late(RuntimeError):
     """A call was not answered in time."""
 
 
+class Restarted(RuntimeError):
+    """The actor was started again and knows nothing: Ray keeps calls made meanwhile for it."""
+
+
 LOST = (RayActorError, EngineLost, Late)  # the actor is gone, unfit, or silent: replace it
 
 

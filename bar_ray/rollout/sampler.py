@@ -27,6 +27,7 @@ from bar_ray.cluster.sharing import PoolClient
 from bar_ray.data import chat
 from bar_ray.data.mixture import Mixture, steps_of
 from bar_ray.recipe import Rlvr
+from bar_ray.rollout.calls import Restarted
 from bar_ray.rollout.engine import Sample, Sampling
 from bar_ray.rollout.fleet import Fleet
 from bar_ray.rollout.graders import Graders
@@ -354,6 +355,13 @@ class SamplerActor:
         self.stage: Rlvr = step.settings["stage"]
         self.opening: asyncio.Future[None] | None = None
         self.following: asyncio.Future[None] | None = None
+        self._sampler: Sampler | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        if self._sampler is None:
+            raise Restarted("the sampler was started again and is not open")
+        return self._sampler
 
     async def open(self) -> int:
         """Read the prompts, start engines and graders; returns the number of optimizer steps."""
@@ -379,7 +387,7 @@ class SamplerActor:
         self.fleet = Fleet(
             stage.rollout, engine_options(step), place, f"engines-{name}", self._report
         )
-        self.sampler = Sampler(
+        self._sampler = Sampler(
             stage,
             seed,
             Order(sources, shares, stage, seed),
@@ -450,11 +458,11 @@ class SamplerActor:
         self, sequences: list[list[int]], starts: list[int]
     ) -> dict[str, list[list[float]]]:
         """Each engine's log-probabilities of the same sequences, for the canary."""
-        return await self.fleet.from_each("logprobs", sequences, starts)
+        return await self.sampler.fleet.from_each("logprobs", sequences, starts)
 
     async def digests(self) -> dict[str, dict[str, str]]:
         """What each engine was given last, by tensor."""
-        return await self.fleet.from_each("checksums")
+        return await self.sampler.fleet.from_each("checksums")
 
     def _keep(self, step: int, groups: list[Group]) -> None:
         """Write the rollouts of a step to the run's folder, to be read or replayed."""

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from bar_ray import storage
 from bar_ray.data.mixture import steps_of
 from bar_ray.recipe import Rlvr
-from bar_ray.rollout.calls import Late, ask
+from bar_ray.rollout.calls import Late, Restarted, ask
 from bar_ray.rollout.records import Group, RolloutBatch, describe
 from bar_ray.types import UserError
 
@@ -79,7 +79,7 @@ class LiveRollouts:
                 if self.is_lost:
                     self._revive()
                 return self._answer(call())
-            except RayActorError:
+            except (RayActorError, Restarted):
                 self.num_lost += not self.is_lost
                 self.is_lost = True
                 if self.num_lost > self.stage.rollout.max_failures:
