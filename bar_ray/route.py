@@ -15,18 +15,11 @@ from bar_ray.stages import lm
 LOAD_ROWS = 32
 
 
-def run(step: Any, run: Any) -> None:
-    """Inputs: `model` (merged), a `data:NAME` per source; settings: stage, shares, top_k, seed."""
-    lm.train(loop, step, run)
-
-
-def loop(config: dict[str, Any]) -> dict[str, Any]:
-    """One Ray Train worker."""
-    return lm.run_worker(RouteWorker, **config)
-
-
 class RouteWorker(lm.LmWorker):
-    """A language-model stage whose artifact also holds the router's load."""
+    """A language-model stage whose artifact also holds the router's load.
+
+    Inputs: `model` (merged), a `data:NAME` per source; settings: stage, shares, top_k, seed.
+    """
 
     def finish_output(self, folder: str) -> None:
         names = [n.removeprefix("data:") for n in self.step.inputs if n.startswith("data:")]

@@ -10,7 +10,7 @@ from bar_ray.data.batches import MicroBatch
 from bar_ray.model import experts
 from bar_ray.recipe import Grpo
 from bar_ray.rollout.records import Trajectory
-from bar_ray.stages import rlvr
+from bar_ray.stages import learner
 from bar_ray.train import grpo
 from bar_ray.train.loss import entropy, language_model_loss, router_z, token_logprobs
 from bar_ray.train.schedule import rate
@@ -185,7 +185,7 @@ def test_entropy_is_that_of_the_distribution() -> None:
 def test_minibatches_hold_every_trajectory_once() -> None:
     made = [trajectory([1], [n]) for n in range(7)]
     for count in (1, 2, 3, 7):
-        parts = rlvr.minibatches(made, count)
+        parts = learner.minibatches(made, count)
         assert [t for part in parts for t in part] == made and len(parts) <= count
 
 
@@ -199,9 +199,9 @@ def test_trajectories_pack_into_rows_in_the_order_of_their_logprobs(model: torch
         trajectory([6], [7, 8, 9, 10]),
         trajectory([11, 12], [13]),
     ]
-    rows = rlvr.pack(made, 10)
+    rows = learner.pack(made, 10)
     assert [t for row in rows for t in row] == made and len(rows) == 2
-    batch = rlvr.as_micro_batch(rows, 10)
+    batch = learner.as_micro_batch(rows, 10)
     packed = token_logprobs(model, batch)
-    alone = [token_logprobs(model, rlvr.as_micro_batch([[t]], 10)) for row in rows for t in row]
+    alone = [token_logprobs(model, learner.as_micro_batch([[t]], 10)) for row in rows for t in row]
     assert torch.allclose(packed, torch.cat(alone), atol=1e-5)

@@ -22,11 +22,10 @@ import ray
 import ray.train
 from ray.cluster_utils import Cluster
 from ray.train import RunConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from bar_ray import storage
 from bar_ray.cluster.quota import Demand, Group
-from bar_ray.cluster.scaling import PoolMixin
+from bar_ray.cluster.scaling import PoolTrainer
 from bar_ray.cluster.sharing import PoolClient
 from bar_ray.report import svg
 
@@ -44,10 +43,6 @@ class Job:
 
 
 JOBS = (Job("long", 480.0), Job("middle", 240.0), Job("short", 60.0))
-
-
-class Trainer(PoolMixin, DataParallelTrainer):
-    """Without torch: nothing is computed."""
 
 
 def loop(config: dict[str, Any]) -> None:
@@ -70,7 +65,7 @@ def loop(config: dict[str, Any]) -> None:
 def train(job: Job, demand: Demand, folder: Path) -> None:
     group = demand.groups["workers"]
     checkpoint = folder / f"{demand.holder.replace('/', '-')}.json"
-    Trainer(
+    PoolTrainer(
         loop,
         demand.holder,
         train_loop_config={"job": job, "holder": demand.holder, "checkpoint": str(checkpoint)},

@@ -8,13 +8,13 @@ an internal interface of Ray Train: `tests/test_pool.py` fails when a new Ray ch
 from collections.abc import Callable
 from typing import Any
 
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
     ScalingPolicy,
 )
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from bar_ray.cluster.sharing import PoolClient
 
@@ -50,8 +50,8 @@ class FollowPool(ScalingPolicy):
         return self.count
 
 
-class PoolMixin:
-    """Makes a trainer of Ray Train share the pool.
+class PoolTrainer(DataParallelTrainer):
+    """A trainer of Ray Train that shares the pool.
 
     Args:
         holder: the name of the step in the pool.
@@ -64,7 +64,3 @@ class PoolMixin:
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         policy = FollowPool(self.scaling_config, self.holder)
         return super()._initialize_and_run_controller(**{**controller, "scaling_policy": policy})
-
-
-class PoolTrainer(PoolMixin, TorchTrainer):
-    """A TorchTrainer that shares the pool."""

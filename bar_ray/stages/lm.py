@@ -1,108 +1,28 @@
-"""Language-model stages (`midtrain`, `sft`, dense `train`, and `route`) as a Ray Train run.
+"""What each worker of a language-model stage does (`midtrain`, `sft`, dense `train`, `route`).
 
 The sample order is a function of (seed, step), so a checkpoint is weights, optimizer and a step
 number; continuing at the same number of workers is bitwise the same as never having stopped.
 """
 
-import contextlib
 import functools
-import itertools
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import ray.train
 import torch
-from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from bar_ray import storage
-from bar_ray.cluster.pool import bundle_of_worker, holder
-from bar_ray.cluster.scaling import PoolTrainer
+from bar_ray.cluster.pool import holder
 from bar_ray.cluster.sharing import PoolClient
 from bar_ray.graph import Step
-from bar_ray.recipe import Run as RunSettings
 from bar_ray.recipe import Stage
 from bar_ray.types import UserError, user_error_in
 
 Result = TypeVar("Result")
 IDLE_RATE = 0.2  # of the running mean over steps
-
-
-def run(step: Step, run: Any) -> None:
-    """Inputs: `model` and one `data:NAME` token artifact per source; settings: stage, seed."""
-    train(lm_loop, step, run)
-
-
-def train(loop: Any, step: Step, run: Any, **extra: Any) -> None:
-    """Run a training loop under Ray Train until it has committed the step's artifact."""
-    settings: RunSettings = step.settings["stage"].run
-    for num_lost in itertools.count(1):
-        try:
-            with _handlers_kept():
-                result = _trainer(loop, step, run, extra).fit()
-            break
-        except RayActorError as error:  # Ray Train restarts workers, but not its own controller
-            if num_lost > settings.max_failures:
-                raise
-            run.event("controller_lost", step, reason=str(error).splitlines()[0])
-    if isinstance(result.return_value, dict) and "user_error" in result.return_value:
-        raise UserError(result.return_value["user_error"])
-
-
-@contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Ray Train's handler for interrupts holds the controller, which would live as long as it."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _trainer(loop: Any, step: Step, run: Any, extra: dict[str, Any]) -> PoolTrainer:
-    settings: RunSettings = step.settings["stage"].run
-    uri = storage.join(step.storage_uri, "checkpoints", "ray_train")
-    filesystem, path = storage.resolve(uri)
-    return PoolTrainer(
-        loop,
-        holder(run.run_id, step),
-        train_loop_config={"step": step, "run": run, **extra},
-        scaling_config=ScalingConfig(
-            num_workers=(settings.fewest_workers, settings.num_workers),
-            use_gpu=settings.gpus_per_worker > 0,
-            resources_per_worker=bundle_of_worker(settings),
-        ),
-        run_config=RunConfig(
-            name=f"{step.verb}-{step.name}-{step.fingerprint}-{run.run_id}",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(
-                max_failures=settings.max_failures,
-                max_preemption_failures=settings.max_preemptions,
-            ),
-        ),
-    )
-
-
-def lm_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """One Ray Train worker."""
-    return run_worker(LmWorker, **config)
-
-
-def run_worker(worker: type["Worker"], **arguments: Any) -> dict[str, Any]:
-    """Run one rank. A user's mistake is returned, not raised: retrying cannot mend it."""
-    try:
-        rank = worker(**arguments)
-        with contextlib.closing(rank.ledger):
-            return rank.loop()
-    except Exception as error:
-        if mistake := user_error_in(error):
-            return {"user_error": str(mistake)}
-        raise
 
 
 def on_every_rank(work: Callable[[], Result]) -> Result:
