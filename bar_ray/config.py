@@ -28,6 +28,7 @@ GRPO_CHOICES = {
     "normalise": ("tokens", "sequences", "constant"),
     "kl_estimator": ("k1", "k2", "k3"),
 }
+MERGE_RULES = ("mean", "one", "sum", "ties", "fisher")
 DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
 
 
@@ -167,6 +168,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _choice("evaluate.stages", stage, STAGES)
     for name, expert in recipe.experts.items():
         yield from _expert_problems(f"experts.{name}", expert, recipe)
+    yield from _merge_problems(recipe)
     yield from _router_problems(recipe)
     yield from _positive("evaluate", recipe.evaluate, ("max_tokens", "num_engines"))
     if not recipe.evaluate.categories:
@@ -303,6 +305,20 @@ def _router_problems(recipe: Recipe) -> Iterator[str]:
     sft_sources = {n for e in recipe.experts.values() if e.sft is not None for n in e.sft.data}
     if not sft_sources:
         yield "router: no expert has an `sft` stage, so there is no SFT data to sample from"
+
+
+def _merge_problems(recipe: Recipe) -> Iterator[str]:
+    merge = recipe.merge
+    yield from _choice("merge.rule", merge.rule, MERGE_RULES)
+    if merge.expert and merge.expert not in recipe.experts:
+        hint = nearest(merge.expert, list(recipe.experts)) or "it is not under `experts`"
+        yield f"merge.expert: no expert '{merge.expert}'; {hint}"
+    if not 0 < merge.density <= 1:
+        yield f"merge.density is {merge.density}; it must be above 0 and at most 1"
+    yield from _positive("merge", merge, ("fisher_rows",))
+    if merge.rule == "fisher":
+        for name in [name for name, expert in recipe.experts.items() if expert.sft is None]:
+            yield f"merge.rule=fisher: experts.{name} has no `sft` whose data could be asked"
 
 
 def _choice(key: str, value: str, valid: Sequence[str]) -> Iterator[str]:

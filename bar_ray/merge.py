@@ -1,37 +1,52 @@
 """Merge: k two-expert models and the branch they came from become one model of k + 1 experts.
 
 As in the released recipe (BAR, section "Merge"): every shared tensor is the fp32 mean over the
-models, the untrained branch among them; the anchor is the mean of the anchors (byte for byte the
-anchor when none moved); each expert's FFN is copied byte for byte; router row 0 is the mean of the
-anchors' rows and row i is the row of expert i. Tensors stream: never more than a few are in memory.
+models, the untrained branch among them (or what another rule of `model.average` makes of them); the
+anchor is the mean of the anchors (byte for byte the anchor when none moved); each expert's FFN is
+copied byte for byte; router row 0 is the mean of the anchors' rows and row i is the row of expert
+i. Tensors stream: never more than a few are in memory.
 """
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from bar_ray.model import tensors
+from bar_ray.model import average, tensors
 from bar_ray.model.tensors import Checkpoint, Spec
+from bar_ray.recipe import Merge
 from bar_ray.types import UserError
 
 STACKED_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 
 def run(step: Any, run: Any) -> None:
-    """Inputs: `base` (the branch) and `expert:NAME` in the order of the slots."""
-    base = Checkpoint(run.fetch(step.inputs["base"]))
-    names = [name for name in step.inputs if name.startswith("expert:")]
-    experts = [Checkpoint(run.fetch(step.inputs[name])) for name in names]
-    slots = {"slots": ["anchor", *(name.removeprefix("expert:") for name in names)]}
-    with run.output(step, slots) as folder:
-        merge(base, experts, folder, step.settings.include_base)
+    """Inputs: `base` (the branch), `expert:NAME` in the order of the slots, perhaps `fisher:NAME`.
+
+    Settings: a `recipe.Merge`.
+    """
+
+    def checkpoints(kind: str) -> dict[str, Checkpoint]:
+        found = {n: s for n, s in step.inputs.items() if n.startswith(f"{kind}:")}
+        return {n.removeprefix(f"{kind}:"): Checkpoint(run.fetch(s)) for n, s in found.items()}
+
+    base, experts = Checkpoint(run.fetch(step.inputs["base"])), checkpoints("expert")
+    with run.output(step, {"slots": ["anchor", *experts]}) as folder:
+        merge(base, experts, folder, step.settings, checkpoints("fisher"))
 
 
-def merge(base: Checkpoint, experts: list[Checkpoint], folder: str, include_base: bool) -> None:
-    """Write the merged model to `folder`."""
-    _check(base, experts)
-    merger = Merger(base, experts, include_base)
+def merge(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    folder: str,
+    settings: Merge,
+    fishers: Mapping[str, Checkpoint] = MappingProxyType({}),
+) -> None:
+    """Write the merged model to `folder`; the experts by name, in the order of their slots."""
+    _check(base, list(experts.values()))
+    merger = Merger(base, experts, settings, fishers)
     config = {**base.config, "num_experts": merger.slots, "num_experts_per_tok": merger.slots}
     tensors.write(folder, config, merger.specs(), merger.tensor, side_files=base.folder)
 
@@ -39,9 +54,17 @@ def merge(base: Checkpoint, experts: list[Checkpoint], folder: str, include_base
 class Merger:
     """Where each merged tensor comes from."""
 
-    def __init__(self, base: Checkpoint, experts: list[Checkpoint], include_base: bool) -> None:
-        self.base, self.experts = base, experts
-        self.averaged = [base, *experts] if include_base else experts
+    def __init__(
+        self,
+        base: Checkpoint,
+        experts: Mapping[str, Checkpoint],
+        settings: Merge,
+        fishers: Mapping[str, Checkpoint],
+    ) -> None:
+        self.base, self.experts, self.settings = base, list(experts.values()), settings
+        self.averaged = [base, *self.experts] if settings.include_base else self.experts
+        self.chosen = experts[settings.expert or next(iter(experts))]
+        self.fishers = [fishers[name] for name in experts if name in fishers]
         self.slots = len(experts) + 1
 
     def specs(self) -> dict[str, Spec]:
@@ -60,22 +83,27 @@ class Merger:
     def tensor(self, name: str) -> torch.Tensor:
         if name.endswith("mlp.gate.weight"):
             rows = [expert[name][1] for expert in self.experts]
-            return torch.stack([mean([m[name][0] for m in self.averaged]), *rows])
+            return torch.stack([average.mean([m[name][0] for m in self.averaged]), *rows])
         match = STACKED_EXPERT.search(name)
         if match and match.group(1) != "0":
             expert = self.experts[int(match.group(1)) - 1]
             return expert[STACKED_EXPERT.sub(".mlp.experts.1.", name)]
-        return mean([model[name] for model in self.averaged])
+        if match:
+            return average.mean([model[name] for model in self.averaged])
+        return self._shared(name)
 
-
-def mean(values: list[torch.Tensor]) -> torch.Tensor:
-    """fp32 mean, rounded once to the tensors' type; equal tensors come back bit for bit."""
-    if all(torch.equal(values[0], value) for value in values[1:]):
-        return values[0]
-    total = values[0].float().clone()
-    for value in values[1:]:
-        total += value.float()
-    return (total / len(values)).to(values[0].dtype)
+    def _shared(self, name: str) -> torch.Tensor:
+        settings, values = self.settings, [expert[name] for expert in self.experts]
+        match settings.rule:
+            case "one":
+                return self.chosen[name]
+            case "sum":
+                return average.sum_of_deltas(self.base[name], values, settings.scale)
+            case "ties":
+                return average.ties(self.base[name], values, settings.density, settings.scale)
+            case "fisher":
+                return average.fisher(values, [f[name] for f in self.fishers])
+        return average.mean([model[name] for model in self.averaged])
 
 
 def _check(base: Checkpoint, experts: list[Checkpoint]) -> None:

@@ -48,8 +48,7 @@ def build(recipe: Recipe) -> Pipeline:
         {"post_trained": base, "pretrained": pretrained},
     )
     stages = {name: graph.adapt(name, expert, branch) for name, expert in recipe.experts.items()}
-    experts = {f"expert:{name}": list(done.values())[-1] for name, done in stages.items()}
-    merged = graph.step("merge", "merged", recipe.merge, {"base": branch, **experts})
+    merged = graph.merge(branch, {name: list(done.values())[-1] for name, done in stages.items()})
     bar = graph.route(merged)
 
     models = {"base": base, "merged": merged, "bar": bar}
@@ -168,6 +167,18 @@ class Builder:
             data[name], world = self.located(uri)
             inputs.update(world)
         return data, inputs
+
+    def merge(self, branch: Step, experts: dict[str, Step]) -> Step:
+        inputs = {f"expert:{name}": step for name, step in experts.items()}
+        if self.recipe.merge.rule == "fisher":
+            inputs |= {f"fisher:{name}": self.fisher(name, step) for name, step in experts.items()}
+        return self.step("merge", "merged", self.recipe.merge, {"base": branch, **inputs})
+
+    def fisher(self, domain: str, expert: Step) -> Step:
+        sft = self.recipe.experts[domain].sft
+        one_by_one = replace(sft.run, num_workers=1, min_workers=1)
+        rows = replace(sft, steps=self.recipe.merge.fisher_rows, batch_size=1, run=one_by_one)
+        return self.lm("fisher", domain, rows, expert, "messages")
 
     def route(self, merged: Step) -> Step:
         """Router training on a stratified sample of every SFT source."""

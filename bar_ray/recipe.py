@@ -232,9 +232,14 @@ class Stages:
 
 @dataclass(frozen=True)
 class Merge:
-    """How the experts become one model."""
+    """How the experts become one model: what becomes of the shared weights."""
 
-    include_base: bool = what(True, "count the untrained branch in the mean of shared weights")
+    rule: str = what("mean", "mean (as published), one, sum (of deltas), ties or fisher")
+    include_base: bool = what(True, "mean: count the untrained branch among the models")
+    expert: str = what("", "one: the expert whose shared weights are taken; empty: the first")
+    scale: float = what(1.0, "sum, ties: factor of the merged deltas")
+    density: float = what(0.2, "ties: share of each delta that is kept, the largest entries")
+    fisher_rows: int = what(256, "fisher: packed rows of an expert's last data it is estimated on")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from bar_ray.merge import mean, merge
-from bar_ray.model import branch, experts, freeze, tensors
+from bar_ray.merge import merge
+from bar_ray.model import average, branch, experts, freeze, tensors
 from bar_ray.model.tensors import Checkpoint
-from bar_ray.recipe import ROLES, Learn
+from bar_ray.recipe import ROLES, Learn, Merge
 from bar_ray.types import UserError
 
 TOKENS = torch.arange(60).reshape(2, 30)
@@ -157,7 +157,7 @@ def trained(branched: Checkpoint, folder: Path, seed: int) -> Checkpoint:
 def test_merging_untouched_branches_gives_the_base_back(
     branched: Checkpoint, tmp_path: Path
 ) -> None:
-    merge(branched, [branched, branched, branched], str(tmp_path / "merged"), include_base=True)
+    merge(branched, dict.fromkeys("abc", branched), str(tmp_path / "merged"), Merge())
     assert (logits(tmp_path / "merged") - logits(branched.folder)).abs().max() > 0  # 3 expert gates
     merged = Checkpoint(tmp_path / "merged")
     assert merged.config["num_experts"] == merged.config["num_experts_per_tok"] == 4
@@ -171,13 +171,13 @@ def test_merging_untouched_branches_of_one_dense_model_keeps_its_logits(
 ) -> None:
     branch.branch(post, post, str(tmp_path / "same"), std=0.5, seed=0)
     same = Checkpoint(tmp_path / "same")
-    merge(same, [same, same, same, same], str(tmp_path / "merged"), include_base=True)
+    merge(same, dict.fromkeys("abcd", same), str(tmp_path / "merged"), Merge())
     assert (logits(tmp_path / "merged") - logits(post.folder)).abs().max() < 1e-4
 
 
 def test_merge_averages_shared_and_copies_experts(branched: Checkpoint, tmp_path: Path) -> None:
     models = [trained(branched, tmp_path / f"expert{i}", i) for i in (1, 2)]
-    merge(branched, models, str(tmp_path / "merged"), include_base=True)
+    merge(branched, dict(zip("ab", models, strict=True)), str(tmp_path / "merged"), Merge())
     merged = Checkpoint(tmp_path / "merged")
     head = torch.stack([m["lm_head.weight"] for m in (branched, *models)]).mean(0)
     assert torch.allclose(merged["lm_head.weight"], head, atol=1e-6)
@@ -194,7 +194,44 @@ def test_mean_of_bf16_is_rounded_once() -> None:
     values = [torch.tensor([1.0, 1.0 + 2**-7, 1.0], dtype=torch.bfloat16) for _ in range(2)]
     values.append(torch.tensor([2.0, 1.0, 1.0], dtype=torch.bfloat16))
     exact = torch.stack([v.double() for v in values]).mean(0).to(torch.bfloat16)
-    assert torch.equal(mean(values), exact)
+    assert torch.equal(average.mean(values), exact)
+
+
+RULES = (
+    Merge(include_base=False),
+    Merge(rule="one", expert="b"),
+    Merge(rule="sum", scale=0.5),
+    Merge(rule="ties", density=0.3),
+    Merge(rule="fisher"),
+)
+
+
+@pytest.mark.parametrize("settings", RULES, ids=lambda settings: settings.rule)
+def test_every_rule_keeps_what_nobody_moved(
+    branched: Checkpoint, tmp_path: Path, settings: Merge
+) -> None:
+    models = dict.fromkeys("ab", branched)
+    merge(branched, models, str(tmp_path / "merged"), settings, fishers=models)
+    merged = Checkpoint(tmp_path / "merged")
+    for name in ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+        assert torch.equal(merged[name], branched[name])
+
+
+def test_rules_of_merging_by_hand() -> None:
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    one, two = torch.tensor([3.0, 1.0, 0.0, 1.5]), torch.tensor([2.0, 1.0, 5.0, 1.25])
+    assert average.sum_of_deltas(base, [one, two], 0.5).tolist() == [2.5, 1.0, 2.5, 1.375]
+    # Half of each delta is kept: [2, 0, -1, 0] and [1, 0, 4, 0]; the third sign is elected +.
+    assert average.ties(base, [one, two], 0.5, 1.0).tolist() == [2.5, 1.0, 5.0, 1.0]
+    weights = [torch.tensor([3.0, 0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 2.0, 0.0])]
+    assert average.fisher([one, two], weights).tolist() == [2.75, 1.0, 5.0, 1.5]
+
+
+def test_one_expert_may_give_the_shared_weights(branched: Checkpoint, tmp_path: Path) -> None:
+    models = {name: trained(branched, tmp_path / name, i) for i, name in enumerate("ab")}
+    merge(branched, models, str(tmp_path / "merged"), Merge(rule="one", expert="b"))
+    head = Checkpoint(tmp_path / "merged")["lm_head.weight"]
+    assert torch.equal(head, models["b"]["lm_head.weight"])
 
 
 def test_packed_documents_do_not_attend_across(branched: Checkpoint) -> None:
@@ -212,7 +249,7 @@ def test_bad_checkpoints_are_refused_with_a_reason(tmp_path: Path, post: Checkpo
     with pytest.raises(UserError, match="one family and size"):
         branch.branch(post, other, str(tmp_path / "x"), std=0.02, seed=0)
     with pytest.raises(UserError, match="two-expert branch"):
-        merge(post, [post], str(tmp_path / "x"), include_base=True)
+        merge(post, {"a": post}, str(tmp_path / "x"), Merge())
     file = post.folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
