@@ -32,6 +32,8 @@ VERBS: dict[str, tuple[str, int]] = {
     "branch": ("bar_ray.model.branch:run", 1),
     "fisher": ("bar_ray.stages.start:fisher", 1),
     "merge": ("bar_ray.merge:run", 1),
+    "average": ("bar_ray.baselines.dense:merge", 1),
+    "btx": ("bar_ray.baselines.dense:btx", 1),
     "route": ("bar_ray.stages.start:router", 2),
     "evaluate": ("bar_ray.evaluate.run:run", 1),
 }

@@ -61,10 +61,9 @@ class Merger:
         settings: Merge,
         fishers: Mapping[str, Checkpoint],
     ) -> None:
-        self.base, self.experts, self.settings = base, list(experts.values()), settings
+        self.base, self.settings, self.by_name, self.fishers = base, settings, experts, fishers
+        self.experts = list(experts.values())
         self.averaged = [base, *self.experts] if settings.include_base else self.experts
-        self.chosen = experts[settings.expert or next(iter(experts))]
-        self.fishers = [fishers[name] for name in experts if name in fishers]
         self.slots = len(experts) + 1
 
     def specs(self) -> dict[str, Spec]:
@@ -90,20 +89,9 @@ class Merger:
             return expert[STACKED_EXPERT.sub(".mlp.experts.1.", name)]
         if match:
             return average.mean([model[name] for model in self.averaged])
-        return self._shared(name)
-
-    def _shared(self, name: str) -> torch.Tensor:
-        settings, values = self.settings, [expert[name] for expert in self.experts]
-        match settings.rule:
-            case "one":
-                return self.chosen[name]
-            case "sum":
-                return average.sum_of_deltas(self.base[name], values, settings.scale)
-            case "ties":
-                return average.ties(self.base[name], values, settings.density, settings.scale)
-            case "fisher":
-                return average.fisher(values, [f[name] for f in self.fishers])
-        return average.mean([model[name] for model in self.averaged])
+        values = {each: expert[name] for each, expert in self.by_name.items()}
+        fishers = {each: weights[name] for each, weights in self.fishers.items()}
+        return average.combine(self.settings, self.base[name], values, fishers)
 
 
 def _check(base: Checkpoint, experts: list[Checkpoint]) -> None:

@@ -4,11 +4,36 @@ All compute in fp32 and round once, to the type of the tensors. Where nothing mo
 gives the base back bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from bar_ray.recipe import Merge
+
 Tensors = Sequence[torch.Tensor]
+NamedTensors = Mapping[str, torch.Tensor]
+
+
+def combine(
+    settings: Merge, base: torch.Tensor, models: NamedTensors, fishers: NamedTensors
+) -> torch.Tensor:
+    """One tensor of several models, by the recipe's rule.
+
+    Args:
+        models: by name, in order.
+        fishers: their Fisher information, for the rule of that name.
+    """
+    values = list(models.values())
+    match settings.rule:
+        case "one":
+            return models[settings.expert or next(iter(models))]
+        case "sum":
+            return sum_of_deltas(base, values, settings.scale)
+        case "ties":
+            return ties(base, values, settings.density, settings.scale)
+        case "fisher":
+            return fisher(values, [fishers[name] for name in models])
+    return mean([base, *values] if settings.include_base else values)
 
 
 def mean(values: Tensors) -> torch.Tensor:

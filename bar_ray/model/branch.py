@@ -7,6 +7,7 @@ each block's norm follows the MoE.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,37 +29,59 @@ def run(step, run) -> None:
 
 def branch(post: Checkpoint, pre: Checkpoint, folder: str, std: float, seed: int) -> None:
     """Write the two-expert model to `folder`; shapes must agree, embeddings must be untied."""
-    _check(post, pre)
-    num_layers, width = post.config["num_hidden_layers"], post.config["hidden_size"]
+    if not (Path(post.folder) / "tokenizer_config.json").exists():
+        raise UserError(f"{post.folder} has no tokenizer; the post-trained checkpoint needs one")
+    upcycle([post, pre], post.__getitem__, folder, std, seed)
+
+
+def upcycle(
+    models: Sequence[Checkpoint],
+    shared: Callable[[str], torch.Tensor],
+    folder: str,
+    std: float,
+    seed: int,
+) -> None:
+    """Write the MoE whose experts are the FFNs of dense models, byte for byte.
+
+    Args:
+        models: one family; the first gives config and tokenizer.
+        shared: every other tensor by name.
+        std, seed: of the new router.
+    """
+    _check(models)
+    first = models[0]
+    num_layers, width = first.config["num_hidden_layers"], first.config["hidden_size"]
     specs: dict[str, Spec] = {}
     sources: dict[str, tuple[Checkpoint, str]] = {}
-    for name in post.names:
-        if ".mlp." in name:
-            for expert, dense in enumerate((post, pre)):
-                stacked = name.replace(".mlp.", f".mlp.experts.{expert}.")
-                sources[stacked] = (dense, name)
-                specs[stacked] = post.spec(name)
-        else:
-            sources[name], specs[name] = (post, name), post.spec(name)
+    for name in first.names:
+        if ".mlp." not in name:
+            specs[name] = first.spec(name)
+            continue
+        for expert, dense in enumerate(models):
+            stacked = name.replace(".mlp.", f".mlp.experts.{expert}.")
+            sources[stacked], specs[stacked] = (dense, name), first.spec(name)
     dtype = next(iter(specs.values())).dtype
-    routers = _routers(num_layers, width, std, seed)
-    specs.update({name: Spec(dtype, (2, width)) for name in routers})
+    routers = _routers(num_layers, len(models), width, std, seed)
+    specs.update({name: Spec(dtype, (len(models), width)) for name in routers})
 
     def tensor(name: str) -> torch.Tensor:
         if name in routers:
             return routers[name]
-        dense, dense_name = sources[name]
-        return dense[dense_name]
+        if name in sources:
+            dense, dense_name = sources[name]
+            return dense[dense_name]
+        return shared(name)
 
-    tensors.write(folder, moe_config(post.config, 2), specs, tensor, side_files=post.folder)
+    config = moe_config(first.config, len(models))
+    tensors.write(folder, config, specs, tensor, side_files=first.folder)
 
 
-def _routers(num_layers: int, width: int, std: float, seed: int) -> dict[str, torch.Tensor]:
+def _routers(
+    num_layers: int, num_experts: int, width: int, std: float, seed: int
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        f"model.layers.{layer}.mlp.gate.weight": torch.randn(2, width, generator=generator) * std
-        for layer in range(num_layers)
-    }
+    names = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(num_layers)]
+    return {name: torch.randn(num_experts, width, generator=generator) * std for name in names}
 
 
 def moe_config(dense: dict, num_experts: int) -> dict:
@@ -78,8 +101,9 @@ def moe_config(dense: dict, num_experts: int) -> dict:
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def _check(post: Checkpoint, pre: Checkpoint) -> None:
-    for dense in (post, pre):
+def _check(models: Sequence[Checkpoint]) -> None:
+    first = models[0]
+    for dense in models:
         if dense.config.get("model_type") != "olmo2":
             raise UserError(
                 f"{dense.folder} is a '{dense.config.get('model_type')}' model; branching takes "
@@ -87,11 +111,9 @@ def _check(post: Checkpoint, pre: Checkpoint) -> None:
             )
         if dense.config.get("tie_word_embeddings"):
             raise UserError(f"{dense.folder} ties its embeddings to its LM head; untie them first")
-    if missing := set(post.names) ^ set(pre.names):
-        raise UserError(
-            f"{post.folder} and {pre.folder} do not hold the same tensors "
-            f"(such as {sorted(missing)[0]}); both must be of one family"
-        )
-    tensors.same_specs(post, pre, post.names)
-    if not (Path(post.folder) / "tokenizer_config.json").exists():
-        raise UserError(f"{post.folder} has no tokenizer; the post-trained checkpoint needs one")
+        if missing := set(first.names) ^ set(dense.names):
+            raise UserError(
+                f"{first.folder} and {dense.folder} do not hold the same tensors "
+                f"(such as {sorted(missing)[0]}); both must be of one family"
+            )
+        tensors.same_specs(first, dense, first.names)
