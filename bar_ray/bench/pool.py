@@ -9,11 +9,11 @@ with an equal share for each. Starting processes takes real time: the arms start
 import itertools
 import json
 import math
+import os
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster
 from ray.train import RunConfig, ScalingConfig
 
 from bar_ray import storage
+from bar_ray.cluster import session
 from bar_ray.cluster.quota import Demand, Group
 from bar_ray.cluster.scaling import PoolTrainer
 from bar_ray.cluster.sharing import PoolClient
@@ -43,6 +44,24 @@ class Job:
 
 
 JOBS = (Job("long", 480.0), Job("middle", 240.0), Job("short", 60.0))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to share the GPUs: each job gets `low` to `high` of them."""
+
+    name: str
+    low: int
+    high: int
+    by_work: bool = False  # a job's weight in the pool is its work, or else 1
+
+
+ARMS = (
+    Arm("shared pool", 1, MOST),
+    Arm("shared pool, weighted by work", 1, MOST, by_work=True),
+    Arm("one after another", MOST, MOST),
+    Arm("equal shares", GPUS // len(JOBS), GPUS // len(JOBS)),
+)
 
 
 def loop(config: dict[str, Any]) -> None:
@@ -76,12 +95,17 @@ def train(job: Job, demand: Demand, folder: Path) -> None:
     ).fit()
 
 
-def makespan(low: int, high: int, folder: Path) -> dict[str, Any]:
-    """Run all jobs, each on `low` to `high` workers: seconds, and each one's workers over time."""
+def makespan(arm: Arm, folder: Path) -> dict[str, Any]:
+    """Run all jobs: seconds, how often workers were started, and each job's workers over time."""
     pool, run_id = PoolClient(create=True), uuid.uuid4().hex[:8]
     jobs = {f"{run_id}/{job.name}": job for job in JOBS}
     demands = {
-        name: Demand(name, job.name, {"workers": Group({"GPU": 1.0}, low, high)})
+        name: Demand(
+            name,
+            job.name,
+            {"workers": Group({"GPU": 1.0}, arm.low, arm.high)},
+            weight=job.work if arm.by_work else 1.0,
+        )
         for name, job in jobs.items()
     }
     waiting, running = list(demands), dict[str, threading.Thread]()
@@ -115,15 +139,10 @@ def bound() -> float:
     return max(*(job.work / MOST for job in JOBS), sum(job.work for job in JOBS) / GPUS)
 
 
-def arms() -> Iterator[tuple[str, int, int]]:
-    yield "shared pool", 1, MOST
-    yield "one after another", MOST, MOST
-    yield "equal shares", GPUS // len(JOBS), GPUS // len(JOBS)
-
-
 def run(root: str) -> dict[str, Any]:
     """Every arm on the same cluster, one after the other."""
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
+    os.environ |= session.RAY_ENVIRONMENT
     cluster = Cluster(initialize_head=True, head_node_args=head)
     found: dict[str, Any] = {"gpus": GPUS, "bound_s": bound()}
     found["work"] = {job.name: job.work for job in JOBS}
@@ -132,9 +151,9 @@ def run(root: str) -> dict[str, Any]:
             cluster.add_node(num_cpus=4, num_gpus=GPUS // 2)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         with tempfile.TemporaryDirectory() as folder:
-            for name, low, high in arms():
-                print(f"{name}: {low} to {high} workers each", flush=True)
-                found[name] = makespan(low, high, Path(folder))
+            for arm in ARMS:
+                print(f"{arm.name}: {arm.low} to {arm.high} workers each", flush=True)
+                found[arm.name] = makespan(arm, Path(folder))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -154,8 +173,8 @@ def page(found: dict[str, Any]) -> str:
     parts = [f"<style>{css}:root {{--s0: #4269d0; --s1: #efb118; --s2: #ff725c}}</style>"]
     parts += [f"<h1>Three experts on {found['gpus']} GPUs, at most {MOST} each</h1>"]
     parts += [f'<p class="legend">{" ".join(legend)}</p>']
-    longest = max(found[name]["seconds"] for name, *_ in arms())
-    for name, *_ in arms():
+    longest = max(found[arm.name]["seconds"] for arm in ARMS)
+    for name in (arm.name for arm in ARMS):
         lanes = [
             (job, f"var(--s{number})", blocks(changes))
             for number, (job, changes) in enumerate(found[name]["workers"].items())
@@ -174,10 +193,10 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"lower bound: {bound_s:.0f} s for {found['work']} GPU-seconds on {found['gpus']} GPUs"
     ]
-    for name, *_ in arms():
+    for name in (arm.name for arm in ARMS):
         seconds, starts = found[name]["seconds"], found[name]["starts"]
         of_bound = f"{seconds / bound_s:.2f} of the bound"
-        lines.append(f"{name:<18}  {seconds:6.0f} s  {of_bound}  {starts} starts")
+        lines.append(f"{name:<29}  {seconds:6.0f} s  {of_bound}  {starts} starts")
     for job, changes in found["shared pool"]["workers"].items():
         shown = ", ".join(f"{count} from {at:.0f} s" for at, count in changes)
         lines.append(f"  {job}: {shown}")

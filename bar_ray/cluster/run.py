@@ -6,6 +6,7 @@ node) and starts its own workers; independent steps run at the same time as far 
 
 import contextlib
 import importlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ POLL_S = 0.5
 DECLARE_EVERY_S = 2.0  # when nothing has begun or ended
 SAY_WAITING_EVERY_S = 30.0
 VIEW_EVERY_S = 5.0
+TOGETHER = {"evaluate": 8}  # verbs that take several steps at once, and how many at most
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,30 @@ class Run:
 
 
 @ray.remote(num_cpus=0, max_retries=3)
-def run_step(step: Step, run: Run) -> None:
-    """Run one verb in a process of its own; should that die, another one goes on."""
-    module, function = VERBS[step.verb][0].split(":")
+def run_steps(steps: list[Step], run: Run) -> dict[str, str]:
+    """Run one verb in a process of its own; should that die, another one goes on.
+
+    Returns the mistakes of users that concern one of several steps, by the step's key.
+    """
+    todo = [step for step in steps if storage.read_manifest(step.artifact.uri) is None]
     try:
-        getattr(importlib.import_module(module), function)(step, run)
+        for step in todo:
+            module, name = VERBS[step.verb][0].split(":")
+            function = getattr(importlib.import_module(module), name)
+            if step.verb in TOGETHER:
+                return function(todo, run)
+            function(step, run)
+        return {}
     except Exception as error:
         # Ray wraps what went wrong in a worker, and the chain of causes is lost on the way out.
         if mistake := user_error_in(error):
             raise mistake from error
         raise
+
+
+def kind_of(step: Step) -> tuple[Any, ...]:
+    """Equal for steps that differ in nothing but the checkpoint they are about."""
+    return step.verb, meaning(step.settings), [content for _, content in step.data.values()]
 
 
 class StepFailed(UserError):
@@ -134,9 +150,10 @@ class Executor:
             place: {key(s) for s in topological([step])} - {place}
             for place, step in self.todo.items()
         }
-        self.total = len(self.todo)
-        self.running: dict[Any, tuple[Step, float]] = {}
+        self.total, self.done = len(self.todo), 0
+        self.running: dict[Any, tuple[list[Step], float]] = {}  # the first one holds of the pool
         self.waiting: set[str] = set()
+        self.alone: set[str] = set()  # failed together with others, and are tried again
         self.declared: tuple[set[str], float] = (set(), 0.0)  # what, when
         self.held: dict[str, dict[str, int]] = {}  # as last entered into the journal
         self.failures: list[str] = []
@@ -175,7 +192,8 @@ class Executor:
 
     def _ready(self) -> list[Step]:
         """Steps whose inputs are there, those that most steps wait for first."""
-        unfinished = {*self.todo, *(key(step) for step, _ in self.running.values())}
+        at_work = (key(step) for steps, _ in self.running.values() for step in steps)
+        unfinished = {*self.todo, *at_work}
         ready = [s for place, s in self.todo.items() if not self.waits_for[place] & unfinished]
         return sorted(ready, key=lambda step: -self._num_dependents(step))
 
@@ -184,22 +202,24 @@ class Executor:
 
     def _share_pool(self) -> None:
         """Declare what runs and what waits; start what the pool lets in."""
-        ready = self._ready()
-        state = {key(step) for step in (*ready, *(step for step, _ in self.running.values()))}
+        ready, holding = self._ready(), [steps[0] for steps, _ in self.running.values()]
+        state = {key(step) for step in (*ready, *holding)}
         if state == self.declared[0] and time.monotonic() - self.declared[1] < DECLARE_EVERY_S:
             return
         self.declared = state, time.monotonic()
         waiting = [self._demand(step) for step in ready]
-        running = [self._demand(step) for step, _ in self.running.values()]
+        running = [self._demand(step) for step in holding]
         run_id, resize_s = self.run.run_id, self.run.recipe.cluster.resize_s
         answer = self.pool.ask("declare", run_id, running, waiting, resize_s, default={})
+        standings = {key(step): answer.get(holder(run_id, step)) for step in ready}
+        allowed = [s for s in ready if (known := standings[key(s)]) and known.may_run]
+        for step in allowed:
+            if key(step) in self.todo:  # not yet begun together with one before it
+                self._start(self._together(step, ready, allowed), standings[key(step)])
         for step in ready:
-            standing = answer.get(holder(run_id, step))
-            if standing is not None and standing.may_run:
-                self._start(step, standing)
-            else:
+            if key(step) in self.todo:
                 self._wait_aloud(step)
-        for step, _ in self.running.values():
+        for step in holding:
             if standing := answer.get(holder(run_id, step)):
                 self._note_size(step, standing)
         if time.monotonic() - self.viewed > VIEW_EVERY_S:
@@ -210,15 +230,33 @@ class Executor:
     def _demand(self, step: Step) -> Demand:
         return demand_of(step, self.run.run_id, self.run.recipe)
 
-    def _start(self, step: Step, standing: Standing) -> None:
-        del self.todo[key(step)]
+    def _together(self, step: Step, ready: list[Step], allowed: list[Step]) -> list[Step]:
+        """The step, and its part of those like it that are ready and cost little beside it."""
+        most = TOGETHER.get(step.verb, 1)
+        if most == 1 or key(step) in self.alone:
+            return [step]
+
+        def alike(steps: list[Step]) -> list[Step]:
+            left = [s for s in steps if key(s) in self.todo and key(s) not in self.alone]
+            return [s for s in left if kind_of(s) == kind_of(step)]
+
+        part = math.ceil(len(alike(ready)) / len(alike(allowed)))
+        others = [s for s in alike(ready) if s is not step and s not in allowed]
+        return [step, *others[: min(part, most) - 1]]
+
+    def _start(self, steps: list[Step], standing: Standing) -> None:
         here = NodeAffinitySchedulingStrategy(self.run.head, soft=False)
-        ref = run_step.options(
-            name=f"{step.verb}-{step.name}", scheduling_strategy=here, runtime_env=self.env
-        ).remote(step, self.run)
-        self.running[ref] = (step, time.monotonic())
-        held = self.held[key(step)] = standing.held
-        self.run.event("started", step, held=held, resources=self._demand(step).resources(held))
+        name = f"{steps[0].verb}-{steps[0].name}"
+        ref = run_steps.options(name=name, scheduling_strategy=here, runtime_env=self.env).remote(
+            steps, self.run
+        )
+        self.running[ref] = (steps, time.monotonic())
+        resources = self._demand(steps[0]).resources(standing.held)
+        for step in steps:
+            del self.todo[key(step)]
+            self.run.event("started", step, held=standing.held, resources=resources)
+            self.held[key(step)] = standing.held
+            resources = {}  # the others are in the processes of the first
 
     def _wait_aloud(self, step: Step) -> None:
         """Enter into the journal since when a step could run if there were room."""
@@ -235,21 +273,30 @@ class Executor:
             self.run.event("resized", step, held=held, resources=resources)
 
     def _finish(self, ref: Any) -> None:
-        step, started = self.running.pop(ref)
+        steps, started = self.running.pop(ref)
         seconds = time.monotonic() - started
         try:
-            ray.get(ref)
+            mistakes = ray.get(ref)
         except (RayError, UserError) as error:
-            self.failures.append(f"{step.label}: {reason_of(error)}")
-            self.run.event("failed", step, seconds=seconds, reason=reason_of(error))
+            if len(steps) > 1:  # one of them must not cost the others
+                self.todo |= {key(step): step for step in steps}
+                self.alone |= {key(step) for step in steps}
+                return
+            mistakes = {key(steps[0]): reason_of(error)}
+        for step in steps:
+            self._conclude(step, seconds, mistakes.get(key(step), ""))
+
+    def _conclude(self, step: Step, seconds: float, mistake: str) -> None:
+        if mistake:
+            self.failures.append(f"{step.label}: {mistake}")
+            self.run.event("failed", step, seconds=seconds, reason=mistake)
             self._drop_dependents(step)
-            print(f"failed    {step.label}: {reason_of(error)}", flush=True)
+            print(f"failed    {step.label}: {mistake}", flush=True)
         else:
-            done = self.total - len(self.todo) - len(self.running) - len(self.failures)
+            self.done += 1
             self.run.event("finished", step, seconds=seconds)
-            print(
-                f"finished  {step.label} in {duration(seconds)} ({done}/{self.total})", flush=True
-            )
+            place = f"{self.done}/{self.total}"
+            print(f"finished  {step.label} in {duration(seconds)} ({place})", flush=True)
 
     def _drop_dependents(self, failed: Step) -> None:
         for place in [p for p in self.todo if key(failed) in self.waits_for[p]]:
@@ -260,12 +307,12 @@ class Executor:
         if time.monotonic() - self.said_waiting < SAY_WAITING_EVERY_S:
             return
         self.said_waiting = time.monotonic()
-        running = ", ".join(step.label for step, _ in self.running.values())
+        running = ", ".join(s.label for steps, _ in self.running.values() for s in steps)
         waiting = ", ".join(step.label for step in self._ready())
         if waiting:
             print(f"running {running}; waiting for the pool: {waiting}", flush=True)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        for step, _ in self.running.values():
+        for (step, *_), _ in self.running.values():
             if lacking := missing(nodes, self._demand(step)):
                 print(f"{step.label} asks for more than the cluster has: {lacking}", flush=True)
 

@@ -1,36 +1,42 @@
 """Offline generation: one vLLM engine per Ray Data worker, for evaluation."""
 
+import itertools
 from typing import Any
 
 from bar_ray.data import chat
-from bar_ray.rollout.launch import EngineOptions, local_folder, prepare_environment
+from bar_ray.rollout.launch import (
+    EngineOptions,
+    engine_arguments,
+    local_folder,
+    prepare_environment,
+)
+from bar_ray.rollout.weights import shared_files
 
 KV_CACHE_BYTES = 256 * 2**20
 
 
 class BatchEngine:
-    """A Ray Data worker: prompts as tokens in, completions as text and length out."""
+    """A Ray Data worker: prompts as tokens in, completions as text and length out.
+
+    A row's `model` is the checkpoint that answers it, of the shape of the one given at the start.
+    """
 
     def __init__(self, place: str, longest: int, max_tokens: int, temperature: float) -> None:
         import torch
 
         on_gpu = torch.cuda.is_available()
-        folder = local_folder(place)
-        options = EngineOptions(max_model_len=longest + max_tokens, enforce_eager=not on_gpu)
+        folder, self.place = local_folder(place), place
+        options = EngineOptions(
+            max_model_len=longest + max_tokens,
+            dtype="auto" if on_gpu else "float32",
+            enforce_eager=not on_gpu,
+            kv_cache_bytes=None if on_gpu else KV_CACHE_BYTES,
+        )
         prepare_environment(options)
         from vllm import LLM, SamplingParams
 
-        self.tokenizer = chat.load_tokenizer(folder)
-        self.llm = LLM(
-            model=folder,
-            skip_tokenizer_init=True,
-            dtype="auto" if on_gpu else options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            enforce_eager=not on_gpu,
-            kv_cache_memory_bytes=None if on_gpu else KV_CACHE_BYTES,
-            disable_log_stats=True,
-        )
+        self.tokenizer, self.shm_dir = chat.load_tokenizer(folder), options.shm_dir
+        self.llm = LLM(**engine_arguments(folder, options))
         self.params = SamplingParams(
             temperature=temperature,
             max_tokens=max_tokens,
@@ -39,8 +45,25 @@ class BatchEngine:
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        prompts = [{"prompt_token_ids": [int(t) for t in ids]} for ids in batch["prompt"]]
-        outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        tokens: list[list[int]] = []
+        rows = zip(batch["model"], batch["prompt"], strict=True)
+        for place, same in itertools.groupby(rows, key=lambda row: str(row[0])):
+            self._become(place)
+            prompts = [{"prompt_token_ids": [int(t) for t in ids]} for _, ids in same]
+            outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
+            tokens += [list(output.outputs[0].token_ids) for output in outputs]
         text = [chat.completion_text(self.tokenizer, ids) for ids in tokens]
-        return {"place": batch["place"], "text": text, "tokens": [len(ids) for ids in tokens]}
+        kept = {name: batch[name] for name in ("test", "place")}
+        return {**kept, "text": text, "tokens": [len(ids) for ids in tokens]}
+
+    def _become(self, place: str) -> None:
+        """Take the weights of another checkpoint, as RLVR's engines do."""
+        if place == self.place:
+            return
+        with shared_files(local_folder(place), self.shm_dir) as paths:
+            self.llm.start_weight_update()
+            self.llm.update_weights({"update_info": {"paths": paths}})
+            self.llm.finish_weight_update()
+        self.llm.reset_prefix_cache()
+        self.llm.collective_rpc("zero_kv_cache")  # a NaN in it would outlive its weights
+        self.place = place
