@@ -120,7 +120,8 @@ def _drop_experts(merged: Any) -> None:
 def _apply_stage_defaults(merged: Any) -> None:
     """`stages.sft` is where every expert's `sft` starts from."""
     defaults = merged.get("stages") or {}
-    for expert in merged.experts.values():
+    older = (merged.get("reproduce") or {}).get("older") or {}
+    for expert in (*merged.experts.values(), *older.values()):
         for stage in STAGES:
             if expert.get(stage) is not None and defaults.get(stage) is not None:
                 expert[stage] = OmegaConf.merge(defaults[stage], expert[stage])

@@ -182,20 +182,25 @@ class Builder:
 
     def route(self, merged: Step) -> Step:
         """Router training on a stratified sample of every SFT source."""
+        router, (shares, tokens) = self.recipe.router, self.router_data()
+        settings = {"stage": router, "shares": shares, "seed": self.recipe.seed}
+        settings["top_k"] = router.top_k
+        return self.step("route", "bar", settings, {"model": merged, **tokens})
+
+    def router_data(self) -> tuple[dict[str, float], dict[str, Step]]:
+        """Shares by source, and the tokenised sample of each as inputs."""
         router = self.recipe.router
         sources = list(router.data) or sorted(
             {name for e in self.recipe.experts.values() if e.sft for name in e.sft.data}
         )
         data, inputs = self._many({name: self.recipe.datasets[name] for name in sources})
         settings = {"fraction": router.fraction, "seed": self.recipe.seed}
+        settings["stratified"] = router.stratified
         sample = self.step("sample", "router", settings, inputs, data)
+        if not router.stratified:
+            return {"all": 1.0}, {"data:all": self.tokenise_sample("all", sample)}
         tokens = {f"data:{name}": self.tokenise_sample(name, sample) for name in sources}
-        shares = {name: router.data.get(name, 1.0) for name in sources}
-        route_settings = {
-            **{"stage": router, "shares": shares, "seed": self.recipe.seed},
-            "top_k": router.top_k,
-        }
-        return self.step("route", "bar", route_settings, {"model": merged, **tokens})
+        return {name: router.data.get(name, 1.0) for name in sources}, tokens
 
     def tokenise_sample(self, source: str, sample: Step) -> Step:
         settings = {"kind": "messages", "seq_len": self.recipe.router.seq_len}

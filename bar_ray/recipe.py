@@ -45,6 +45,10 @@ class Learn:
     router: float = what(0.0, "the router rows of the experts")
 
 
+ROLES = tuple(f.name for f in fields(Learn))
+DENSE = Learn(embedding=1.0, attention=1.0, norm=1.0, lm_head=1.0, expert=1.0)
+
+
 @dataclass(frozen=True)
 class Run:
     """How a training stage is run."""
@@ -97,10 +101,7 @@ class Stage:
 class Dense(Stage):
     """Training a whole dense model: the base of the small world, and the dense baselines."""
 
-    learn: Learn = what(
-        lambda: Learn(embedding=1.0, attention=1.0, norm=1.0, lm_head=1.0, expert=1.0),
-        "freeze table",
-    )
+    learn: Learn = what(lambda: DENSE, "freeze table")
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class Router(Stage):
     """Training only the router of the merged model on a stratified sample of the SFT data."""
 
     fraction: float = what(0.05, "share of every SFT source that is sampled")
+    stratified: bool = what(True, "sample each source by itself; False: all as one, at random")
     top_k: int = what(0, "experts active per token; 0 is all of them")
     learn: Learn = what(lambda: Learn(anchor=0.0, router=1.0), "only `router` may learn")
 
@@ -243,6 +245,18 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Baselines:
+    """What models without separate experts learn, on the experts' own data, steps and rates."""
+
+    learn: Learn = what(lambda: DENSE, "freeze table in mid-training and SFT")
+    rlvr: Learn = what(lambda: DENSE, "freeze table in RLVR")
+    finetune: Learn = what(
+        lambda: Learn(**dict.fromkeys(ROLES, 1.0)), "freeze table when a whole MoE is finetuned"
+    )
+    btx_shared: str = what("", "whose shared weights BTX as published takes; empty: the first's")
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Held-out tests, by category."""
 
@@ -257,6 +271,24 @@ class Evaluate:
     cpus_per_engine: float = how(1.0, "CPUs asked for each actor")
     gpus_per_engine: float = how(0.0, "GPUs asked for each actor")
     resources: dict[str, float] = how(dict, "what else each actor asks for")
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """What `jobs/reproduce.py` compares beyond the recipe itself."""
+
+    seeds: list[int] = how(lambda: [0, 1, 2], "every model is made once for each")
+    claims: list[int] = how(list, "numbers of the claims to test; empty: all")
+    fractions: list[float] = how(
+        lambda: [0.01, 0.1, 0.25, 0.5, 1.0], "router samples beside `router.fraction`"
+    )
+    router_steps: list[int] = how(list, "router trainings beside `router.steps`")
+    shares: list[float] = how(
+        lambda: [0.0, 0.25, 0.75], "shares of general data in SFT beside the recipe's"
+    )
+    mixed: list[str] = how(list, "experts whose mixing share is varied; empty: all")
+    rare: dict[str, str] = how(dict, "router source -> the dataset with few of its rows")
+    older: dict[str, Expert] = how(dict, "experts as they were before an upgrade")
 
 
 @dataclass(frozen=True)
@@ -298,12 +330,11 @@ class Recipe:
     experts: dict[str, Expert] = what(dict, "domain -> stages")
     merge: Merge = what(Merge, "merging")
     router: Router = what(Router, "router training")
+    baselines: Baselines = what(Baselines, "what BAR is compared with (jobs/reproduce.py)")
+    reproduce: Reproduce = how(Reproduce, "which claims are tested, and with what")
     evaluate: Evaluate = what(Evaluate, "evaluation")
     sandbox: Sandbox = how(Sandbox, "running model-written programs")
     cluster: Cluster = how(Cluster, "the Ray cluster")
-
-
-ROLES = tuple(f.name for f in fields(Learn))
 
 
 def meaning(section: Any) -> Any:

@@ -27,7 +27,7 @@ LAYERS = (
     ("L4", "merge route evaluate baselines tiny"),
     ("L5", "pipeline"),
     ("L5", "report"),
-    ("L5", "bench retention"),
+    ("L5", "bench retention claims"),
     ("L5", "export board"),  # the model card of an export shows the report's scores
     ("jobs", "jobs"),
 )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,37 +55,70 @@ def thresholds(strata: dict[str, list[int]], fraction: float) -> dict[str, tuple
 
 def stratified(uri: str, fraction: float, seed: int, num_cpus: float) -> list[str]:
     """The sampled lines of a dataset, by stratum and hash; exact in every stratum."""
-    options = {"num_cpus": num_cpus, "batch_size": 4096}
     strata: dict[str, list[int]] = defaultdict(list)
-    first = tokenise.lines(uri, num_cpus).map_batches(hashed, fn_args=(seed,), **options)
-    for batch in tokenise.blocks(first):
-        for stratum, value in zip(batch["stratum"], batch["hash"], strict=True):
-            strata[stratum].append(int(value))
+    for stratum, value in row_hashes(uri, seed, num_cpus):
+        strata[stratum].append(value)
     limits = thresholds(strata, fraction)
     largest = {stratum: value for stratum, (value, _) in limits.items()}
-    by_stratum: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    second = tokenise.lines(uri, num_cpus).map_batches(kept, fn_args=(seed, largest), **options)
-    for batch in tokenise.blocks(second):
-        rows = zip(batch["stratum"], batch["hash"], batch["line"], strict=True)
-        for stratum, value, line in rows:
-            by_stratum[stratum].append((int(value), str(line)))
+    found = rows_below(uri, largest, seed, num_cpus)
     # Rows with equal content have equal hashes: the count cuts them to the exact number.
     return [
         line
-        for stratum in sorted(by_stratum)
-        for _, line in sorted(by_stratum[stratum])[: limits[stratum][1]]
+        for stratum in sorted(found)
+        for _, line in sorted(found[stratum])[: limits[stratum][1]]
     ]
 
 
+def at_random(uris: list[str], fraction: float, seed: int, num_cpus: float) -> list[str]:
+    """The sampled lines of all datasets taken as one: small ones get what falls to them."""
+    known = [list(row_hashes(uri, seed, num_cpus)) for uri in uris]
+    everything = {"": [value for rows in known for _, value in rows]}
+    limit, count = thresholds(everything, fraction)[""]
+    found = []
+    for uri, rows in zip(uris, known, strict=True):
+        largest = dict.fromkeys({stratum for stratum, _ in rows}, limit)
+        found += [row for s in rows_below(uri, largest, seed, num_cpus).values() for row in s]
+    return [line for _, line in sorted(found)[:count]]
+
+
+def row_hashes(uri: str, seed: int, num_cpus: float) -> Iterator[tuple[str, int]]:
+    """Stratum and content hash of every row of a dataset."""
+    read = tokenise.lines(uri, num_cpus)
+    hashed_rows = read.map_batches(hashed, fn_args=(seed,), num_cpus=num_cpus, batch_size=4096)
+    for batch in tokenise.blocks(hashed_rows):
+        for stratum, value in zip(batch["stratum"], batch["hash"], strict=True):
+            yield str(stratum), int(value)
+
+
+def rows_below(
+    uri: str, largest: dict[str, int], seed: int, num_cpus: float
+) -> dict[str, list[tuple[int, str]]]:
+    """By stratum, hash and line of the rows whose hash is at most the stratum's limit."""
+    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    options = {"num_cpus": num_cpus, "batch_size": 4096}
+    few = tokenise.lines(uri, num_cpus).map_batches(kept, fn_args=(seed, largest), **options)
+    for batch in tokenise.blocks(few):
+        rows = zip(batch["stratum"], batch["hash"], batch["line"], strict=True)
+        for stratum, value, line in rows:
+            found[str(stratum)].append((int(value), str(line)))
+    return found
+
+
 def run(step: Any, run: Any) -> None:
-    """Data: SFT sources by name; settings: fraction, seed. Output: `<name>.jsonl` and counts."""
+    """Data: SFT sources by name; settings: fraction, seed, stratified.
+
+    Output: `<name>.jsonl` of each, or `all.jsonl` of a sample that is not stratified, and counts.
+    """
     ray.data.DataContext.get_current().execution_options.preserve_order = True
+    settings = step.settings
+    options = settings["fraction"], settings["seed"], run.light_cpus
     counts: dict[str, int] = {}
     with run.output(step, counts) as folder:
-        for name in step.data:
-            uri = run.locate(step, name)
-            lines = stratified(
-                uri, step.settings["fraction"], step.settings["seed"], run.light_cpus
-            )
+        if settings["stratified"]:
+            sampled = {name: stratified(run.locate(step, name), *options) for name in step.data}
+        else:
+            uris = [run.locate(step, name) for name in step.data]
+            sampled = {"all": at_random(uris, *options)}
+        for name, lines in sampled.items():
             Path(folder, f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
             counts[f"rows:{name}"] = len(lines)

@@ -16,6 +16,7 @@ from bar_ray.tiny.rows import Row
 NUM_PRETRAIN = 14_000
 NUM_MIDTRAIN = 8_000
 NUM_SFT = 4_000
+NUM_RARE = 40
 NUM_RLVR = 1_000
 NUM_HELD_OUT = 40  # scored while RLVR trains; not the tests
 NUM_TEST = 120
@@ -83,3 +84,5 @@ def write_world(directory: str, seed: int) -> None:
                 write_jsonl(rows, folder / f"sft_{source.removeprefix(f'{name}_')}.jsonl")
         else:
             write_jsonl(sft, folder / "sft.jsonl")
+        if domain is tool_use:  # a source that a random sample may miss
+            write_jsonl(sft[:NUM_RARE], folder / "sft_rare.jsonl")

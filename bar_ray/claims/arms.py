@@ -1,0 +1,147 @@
+"""Every model that a claim of the paper compares, as steps of one build graph.
+
+Each model is described by what it differs in from the recipe's own, so that arms share all they
+can: the dense base, tokenised data, experts, the router's sample.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from bar_ray import pipeline
+from bar_ray.claims.joint import dense, joint
+from bar_ray.graph import Step
+from bar_ray.recipe import Expert, Learn, Merge, Recipe, Rlvr, Stage
+
+
+class Arms(pipeline.Builder):
+    """The models of one recipe (one seed), by name, and their evaluations."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.base, self.pretrained = self.dense()
+        self.bar = pipeline.build(recipe)
+        self.models: dict[str, Step] = {}
+
+    def add(self, name: str, model: Step) -> Step:
+        """A model that is to be scored."""
+        self.models[name] = model
+        return model
+
+    @property
+    def scores(self) -> dict[str, Step]:
+        """Each model's evaluation; one for two names of a model, the recipe's own where it is."""
+        steps = {each.inputs["model"].fingerprint: each for each in self.bar.scores.values()}
+        for name, model in self.models.items():
+            steps.setdefault(model.fingerprint, self.evaluate(name, model))
+        return {name: steps[model.fingerprint] for name, model in self.models.items()}
+
+    def stages(self, kind: str) -> dict[str, Any]:
+        """The experts' stages of a kind, by domain."""
+        found = {name: getattr(expert, kind) for name, expert in self.recipe.experts.items()}
+        return {name: stage for name, stage in found.items() if stage is not None}
+
+    # --- BAR with something changed ---------------------------------------------------------------
+
+    def variant(self, name: str, **changed: Any) -> pipeline.Pipeline:
+        """The whole method with other settings of the recipe; its routed model is scored."""
+        built = pipeline.build(replace(self.recipe, **changed))
+        self.add(name, built.bar)
+        return built
+
+    def with_expert(self, name: str, domain: str, expert: Expert | None) -> pipeline.Pipeline:
+        """One expert replaced, or left out when it is None."""
+        experts = {**self.recipe.experts, domain: expert}
+        kept = {key: each for key, each in experts.items() if each is not None}
+        return self.variant(name, experts=kept)
+
+    def expert(self, name: str, domain: str, expert: Expert) -> Step:
+        """An expert alone, with other settings; scored as it is."""
+        return self.add(name, [*self.adapt(domain, expert, self.bar.branch).values()][-1])
+
+    def with_router(self, name: str, **changed: Any) -> Step:
+        """The merged model with another router training."""
+        return self.variant(name, router=replace(self.recipe.router, **changed)).bar
+
+    def with_merge(self, name: str, merge: Merge) -> Step:
+        return self.variant(name, merge=merge).bar
+
+    # --- without branches -------------------------------------------------------------------------
+
+    def train(self, name: str, stage: Stage, model: Step, kind: str = "messages") -> Step:
+        """A language-model stage of a dense model."""
+        return self.lm("train", name, dense(stage, self.recipe.baselines.learn), model, kind)
+
+    def reinforce(self, name: str, stages: Mapping[str, Rlvr], model: Step) -> Step:
+        """RLVR of a dense model, on the prompts of one or several domains."""
+        stage = joint(list(stages.values()))
+        held_out = stage.held_out if len(stages) == 1 else ""
+        learn = self.recipe.baselines.rlvr
+        return self.rlvr(name, replace(stage, learn=learn, held_out=held_out), model)
+
+    def retrain(self, name: str, with_midtrain: bool) -> Step:
+        """From the pretrained model, all data of a kind at once (the paper's retraining)."""
+        model = self.pretrained
+        if with_midtrain:
+            stage = joint(list(self.stages("midtrain").values()))
+            model = self.train(f"{name}-midtrain", stage, model, "text")
+        sft = list(self.stages("sft").values())
+        if self.recipe.tiny is not None:  # what made the pretrained model the post-trained one
+            sft.append(replace(self.recipe.tiny.post_train, seq_len=sft[0].seq_len))
+        model = self.add(f"{name} sft", self.train(f"{name}-sft", joint(sft), model))
+        return self.add(name, self.reinforce(name, self.stages("rlvr"), model))
+
+    def continued(self, name: str) -> Step:
+        """The base through every domain's stages, one domain after the other."""
+        model = self.base
+        for domain in self.recipe.experts:
+            model = self.adapted(f"{name}-{domain}", domain, model)
+            self.add(f"{name} to {domain}", model)
+        return self.add(name, model)
+
+    def adapted(self, name: str, domain: str, model: Step, with_midtrain: bool = True) -> Step:
+        """A dense model through the stages of one domain."""
+        expert = self.recipe.experts[domain]
+        if expert.midtrain and with_midtrain:
+            model = self.train(f"{name}-midtrain", expert.midtrain, model, "text")
+        if expert.sft:
+            model = self.train(f"{name}-sft", expert.sft, model)
+        if expert.rlvr:
+            model = self.reinforce(name, {domain: expert.rlvr}, model)
+        return model
+
+    def specialists(self, with_midtrain: bool) -> dict[str, Step]:
+        """A dense model per domain. Mid-training starts from the pretrained model, as published."""
+        found = {}
+        for domain, expert in self.recipe.experts.items():
+            midtrained = with_midtrain and expert.midtrain is not None
+            start = self.pretrained if midtrained else self.base
+            name = f"dense-{domain}" if midtrained else f"dense-{domain}-post"
+            found[domain] = self.adapted(name, domain, start, with_midtrain)
+        return found
+
+    def averaged(self, name: str, models: Mapping[str, Step], merge: Merge) -> Step:
+        """Dense models made one dense model."""
+        inputs = {"base": self.base, **{f"model:{each}": step for each, step in models.items()}}
+        return self.add(name, self.step("average", name.replace(" ", "-"), merge, inputs))
+
+    def btx(self, name: str, models: Mapping[str, Step], merge: Merge) -> Step:
+        """Dense models as the experts of a MoE, untrained as a whole."""
+        inputs = {"base": self.base, **{f"model:{each}": step for each, step in models.items()}}
+        base = self.recipe.base
+        settings = {"merge": merge, "router_std": base.router_std, "seed": self.recipe.seed}
+        return self.step("btx", name.replace(" ", "-"), settings, inputs)
+
+    def finetuned(self, name: str, moe: Step) -> Step:
+        """A MoE finetuned as a whole on the router's sample, for as many steps as the router."""
+        router = self.recipe.router
+        sources, tokens = self.router_data()
+        rates = next(iter(self.stages("sft").values()))
+        stage = replace(dense(router, self.recipe.baselines.finetune), lr=rates.lr, data=sources)
+        settings = {"stage": stage, "shares": sources, "seed": self.recipe.seed}
+        return self.add(name, self.step("train", name, settings, {"model": moe, **tokens}))
+
+
+def frozen(learn: Learn, *roles: str) -> Learn:
+    """The freeze table with these roles frozen too."""
+    return replace(learn, **dict.fromkeys(roles, 0.0))

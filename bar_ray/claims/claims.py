@@ -1,0 +1,509 @@
+"""The claims, one by one: which models each needs, and how their scores decide it.
+
+A verdict is `holds` or `does not hold` only beyond noise: the 95 % interval over test items keeps
+to one side of zero, and so does every seed. Else it is `within noise`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bar_ray.claims.arms import Arms, frozen
+from bar_ray.claims.table import Estimate, Table
+from bar_ray.recipe import Expert, Merge, Recipe
+
+SHARED = ("embedding", "attention", "norm", "lm_head")
+HOLDS, FAILS, NOISE, UNTESTED = "holds", "does not hold", "within noise", "not testable here"
+PAPER = "BAR (arXiv 2604.18473)"
+
+
+@dataclass
+class Finding:
+    """What was measured for one claim."""
+
+    verdict: str
+    why: str
+    measured: dict[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper.
+
+    Args:
+        arms: adds the models it needs.
+        judge: reads the verdict off the table.
+    """
+
+    number: int
+    text: str
+    published: str
+    arms: Callable[[Arms], None]
+    judge: Callable[[Table, Recipe], Finding]
+
+
+def decide(expected: Estimate) -> str:
+    """Of a difference that the claim says is above zero."""
+    if expected.is_above:
+        return HOLDS
+    return FAILS if expected.is_below else NOISE
+
+
+def worst(verdicts: Sequence[str]) -> str:
+    """Of a claim with several parts: it holds when all of them do."""
+    return max(verdicts, key=[HOLDS, NOISE, FAILS].index)
+
+
+# --- 1, 6, 7: the baselines -----------------------------------------------------------------------
+
+BASELINES = (
+    *("retrain", "retrain with mid-training", "continued", "dense merge"),
+    *("dense merge with mid-training", "BTX as published", "BTX"),
+)
+
+
+def baseline_arms(arms: Arms) -> None:
+    arms.add("base", arms.base)
+    arms.add("bar", arms.bar.bar)
+    arms.retrain("retrain", with_midtrain=False)
+    arms.retrain("retrain with mid-training", with_midtrain=True)
+    arms.continued("continued")
+    merging_arms(arms)
+    btx_arms(arms)
+
+
+def baselines(table: Table, recipe: Recipe) -> Finding:
+    above = {f"bar - {name}": table.difference("bar", name) for name in BASELINES}
+    ceiling = table.difference("retrain with mid-training", "bar")
+    measured = {name: table.score(name) for name in ("base", "bar", *BASELINES)} | above
+    ahead, top = decide(above["bar - retrain"]), decide(ceiling)
+    order = sorted(("bar", *BASELINES), key=lambda name: -table.score(name).mean)
+    why = f"bar over retraining: {ahead}; mid-training retraining over bar: {top}. "
+    return Finding(worst([ahead, top]), why + "Order: " + ", ".join(order), measured)
+
+
+def merging_arms(arms: Arms) -> None:
+    arms.add("bar", arms.bar.bar)
+    alone = Merge(include_base=False)
+    arms.averaged("dense merge", arms.specialists(with_midtrain=False), alone)
+    arms.averaged("dense merge with mid-training", arms.specialists(with_midtrain=True), alone)
+
+
+def merging(table: Table, recipe: Recipe) -> Finding:
+    without, after = (
+        table.difference("bar", name) for name in ("dense merge", "dense merge with mid-training")
+    )
+    worse = table.difference("dense merge", "dense merge with mid-training")
+    measured = {
+        "bar - dense merge": without,
+        "bar - dense merge with mid-training": after,
+        "without - with mid-training": worse,
+    }
+    why = "trails without mid-training, trails with it, and is worse with it than without"
+    return Finding(worst([decide(each) for each in measured.values()]), why, measured)
+
+
+def btx_arms(arms: Arms) -> None:
+    arms.add("bar", arms.bar.bar)
+    models, base = arms.specialists(with_midtrain=True), arms.recipe.baselines
+    one = Merge(rule="one", expert=base.btx_shared)
+    arms.add("BTX as published", arms.route(arms.btx("btx as published", models, one)))
+    arms.finetuned("BTX", arms.btx("btx", models, Merge()))
+
+
+def btx(table: Table, recipe: Recipe) -> Finding:
+    measured = {f"bar - {n}": table.difference("bar", n) for n in ("BTX as published", "BTX")}
+    verdicts = {name: decide(each) for name, each in measured.items()}
+    why = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
+    return Finding(worst(list(verdicts.values())), why, measured)
+
+
+# --- 2: new special tokens ------------------------------------------------------------------------
+
+OPEN = {
+    "all shared frozen": ("embedding", "lm_head"),
+    "only embeddings learn": ("lm_head",),
+    "only the LM head learns": ("embedding",),
+}
+
+
+def token_domains(recipe: Recipe) -> list[str]:
+    """Domains whose recipe opens embeddings and LM head in SFT, as new tokens need."""
+    known = {name: expert.sft for name, expert in recipe.experts.items() if expert.sft}
+    return [n for n, sft in known.items() if sft.learn.embedding and sft.learn.lm_head]
+
+
+def token_arms(arms: Arms) -> None:
+    for domain in token_domains(arms.recipe):
+        expert = arms.recipe.experts[domain]
+        arms.add(f"{domain}, both learn", arms.bar.experts[domain])
+        for name, roles in OPEN.items():
+            sft = replace(expert.sft, learn=frozen(expert.sft.learn, *roles))
+            arms.expert(f"{domain}, {name}", domain, replace(expert, sft=sft))
+
+
+def tokens(table: Table, recipe: Recipe) -> Finding:
+    measured: dict[str, Estimate] = {}
+    losses = []
+    for domain in token_domains(recipe):
+        for name in ("both learn", *OPEN):
+            measured[f"{domain}, {name}"] = table.score(f"{domain}, {name}", domain)
+        pair = f"{domain}, both learn", f"{domain}, all shared frozen"
+        losses.append(table.difference(*pair, domain))
+        measured[f"{domain}, both - frozen"] = losses[-1]
+    if not losses:
+        return Finding(UNTESTED, "no domain of the recipe opens embeddings and LM head")
+    why = "with both frozen the domain is lost; the rows say which of the two is needed"
+    return Finding(worst([decide(each) for each in losses]), why, measured)
+
+
+# --- 3: RLVR with frozen weights ------------------------------------------------------------------
+
+RLVR = {
+    "all shared frozen": SHARED,
+    "attention frozen": ("attention",),
+    "nothing frozen but the anchor": (),
+}
+ANCHOR_TOO = "the anchor learns too"
+
+
+def rl_domains(recipe: Recipe) -> list[str]:
+    return [name for name, expert in recipe.experts.items() if expert.rlvr]
+
+
+def rlvr_arms(arms: Arms) -> None:
+    for domain in rl_domains(arms.recipe):
+        expert = arms.recipe.experts[domain]
+        learn = expert.rlvr.learn
+        arms.add(f"{domain} sft", arms.bar.experts[domain].inputs["model"])
+        tables = {name: frozen(learn, *roles) for name, roles in RLVR.items()}
+        tables[ANCHOR_TOO] = replace(learn, anchor=learn.expert)
+        for name, table in tables.items():
+            changed = replace(expert, rlvr=replace(expert.rlvr, learn=table))
+            arms.expert(f"{domain} rlvr, {name}", domain, changed)
+
+
+def rlvr(table: Table, recipe: Recipe) -> Finding:
+    measured: dict[str, Estimate] = {}
+    gains = []
+    for domain in rl_domains(recipe):
+        for name in (*RLVR, ANCHOR_TOO):
+            gain = table.difference(f"{domain} rlvr, {name}", f"{domain} sft", domain)
+            measured[f"{domain}, {name}: gain over SFT"] = gain
+        gains.append(measured[f"{domain}, all shared frozen: gain over SFT"])
+    # The claim is that nothing is gained: a gain beyond noise refutes it.
+    flat = [FAILS if gain.is_above else HOLDS for gain in gains]
+    why = "published as flat with all shared weights frozen; a gain beyond noise refutes that"
+    return Finding(worst(flat), why, measured)
+
+
+# --- 4: mixed SFT ---------------------------------------------------------------------------------
+
+
+def general_data(recipe: Recipe) -> str:
+    """The dataset that every expert's SFT has a share of."""
+    mixes = [set(expert.sft.data) for expert in recipe.experts.values() if expert.sft]
+    [common] = set.intersection(*mixes)
+    return common
+
+
+def mixed(recipe: Recipe, domain: str, share: float) -> Expert:
+    """The expert up to SFT, with another share of general data."""
+    expert, common = recipe.experts[domain], general_data(recipe)
+    own = {name: rows for name, rows in expert.sft.data.items() if name != common}
+    data = {name: (1 - share) * rows / sum(own.values()) for name, rows in own.items()}
+    kept = {name: rows for name, rows in {**data, common: share}.items() if rows}
+    return replace(expert, sft=replace(expert.sft, data=kept), rlvr=None)
+
+
+def mixing_domains(recipe: Recipe) -> list[str]:
+    return recipe.reproduce.mixed or [n for n, e in recipe.experts.items() if e.sft]
+
+
+def own_share(recipe: Recipe, domain: str) -> float:
+    data = recipe.experts[domain].sft.data
+    return data[general_data(recipe)] / sum(data.values())
+
+
+def shares(recipe: Recipe, domain: str) -> list[float]:
+    return sorted({*recipe.reproduce.shares, own_share(recipe, domain)})
+
+
+def mixing_arms(arms: Arms) -> None:
+    arms.add("base", arms.base)
+    for domain in mixing_domains(arms.recipe):
+        for share in shares(arms.recipe, domain):
+            if share == own_share(arms.recipe, domain):
+                arms.add(f"{domain}, {share:.0%} general", arms.bar.stages[domain]["sft"])
+            else:
+                changed = mixed(arms.recipe, domain, share)
+                arms.expert(f"{domain}, {share:.0%} general", domain, changed)
+
+
+def mixing(table: Table, recipe: Recipe, category: str = "general") -> Finding:
+    measured: dict[str, Estimate] = {}
+    verdicts = []
+    for domain in mixing_domains(recipe):
+        for share in shares(recipe, domain):
+            name = f"{domain}, {share:.0%} general"
+            measured[f"{name}: {category}"] = table.score(name, category)
+            measured[f"{name}: {domain}"] = table.score(name, domain)
+        alone, both = (f"{domain}, {s:.0%} general" for s in (0, own_share(recipe, domain)))
+        lost = table.difference(both, alone, category)
+        measured[f"{domain}, mixed - alone: {category}"] = lost
+        verdicts.append(decide(lost))
+    why = f"{category} ability of a domain-only SFT against the recipe's mixture"
+    return Finding(worst(verdicts), why, measured)
+
+
+# --- 5: averaging ---------------------------------------------------------------------------------
+
+
+def merges(recipe: Recipe) -> dict[str, Merge]:
+    """The rules that are compared; the recipe's own is `bar`."""
+    found = {
+        "mean without the base": Merge(include_base=False),
+        "sum of deltas": Merge(rule="sum"),
+        "TIES": Merge(rule="ties"),
+        "Fisher": Merge(rule="fisher"),
+    }
+    one = {f"shared of {name}": Merge(rule="one", expert=name) for name in recipe.experts}
+    return {**found, **one}
+
+
+def faster(expert: Expert) -> Expert:
+    """The same expert with its shared weights at the full learning rate."""
+
+    def opened(stage: Any) -> Any:
+        if stage is None:
+            return None
+        rates = {role: 1.0 for role in SHARED if getattr(stage.learn, role)}
+        return replace(stage, learn=replace(stage.learn, **rates))
+
+    return replace(expert, sft=opened(expert.sft), rlvr=opened(expert.rlvr))
+
+
+FULL_RATE = "shared weights at the full rate"
+
+
+def averaging_arms(arms: Arms) -> None:
+    arms.add("bar", arms.bar.bar)
+    for name, merge in merges(arms.recipe).items():
+        arms.with_merge(name, merge)
+    moved = {name: faster(expert) for name, expert in arms.recipe.experts.items()}
+    built = arms.variant(FULL_RATE, experts=moved)
+    for domain in arms.recipe.experts:
+        arms.add(f"{domain} expert", arms.bar.experts[domain])
+        arms.add(f"{domain} expert, {FULL_RATE}", built.experts[domain])
+
+
+def averaging(table: Table, recipe: Recipe) -> Finding:
+    measured: dict[str, Estimate] = {}
+    costs = []
+    for domain in recipe.experts:
+        costs.append(table.difference("bar", f"{domain} expert", domain))
+        measured[f"{domain}: bar - its expert"] = costs[-1]
+        pair = FULL_RATE, f"{domain} expert, {FULL_RATE}"
+        measured[f"{domain}: the same, {FULL_RATE}"] = table.difference(*pair, domain)
+    for name in merges(recipe):
+        measured[f"{name} - bar"] = table.difference(name, "bar")
+    lost = [FAILS if each.is_below else HOLDS for each in costs]
+    why = "little is lost when no domain falls below its own expert beyond noise"
+    return Finding(worst(lost), why, measured)
+
+
+# --- 8: the router's data -------------------------------------------------------------------------
+
+
+def router_arms(arms: Arms) -> None:
+    recipe = arms.recipe
+    router, settings = recipe.router, recipe.reproduce
+    arms.add("bar", arms.bar.bar)
+    arms.add("router, no steps", arms.bar.merged)
+    for fraction in settings.fractions:
+        arms.with_router(f"router, {fraction:.0%} of the data", fraction=fraction)
+    for steps in settings.router_steps:
+        arms.with_router(f"router, {steps} steps", steps=steps)
+    if router.data:  # some SFT sources were left out
+        arms.with_router("router, all SFT sources", data={})
+        arms.with_router("router, all of all SFT sources", data={}, fraction=1.0)
+    if settings.rare:
+        few_rows = {name: recipe.datasets[few] for name, few in settings.rare.items()}
+        datasets = {**recipe.datasets, **few_rows}
+        fraction = min(settings.fractions)
+        for name, stratified in (("stratified", True), ("at random", False)):
+            sampled = replace(router, fraction=fraction, stratified=stratified)
+            arms.variant(f"router, rare source {name}", datasets=datasets, router=sampled)
+
+
+def routing(table: Table, recipe: Recipe) -> Finding:
+    settings = recipe.reproduce
+    names = [f"router, {fraction:.0%} of the data" for fraction in settings.fractions]
+    names += [f"router, {steps} steps" for steps in settings.router_steps]
+    names += [n for n in table.models if n.startswith("router, ") and n not in names]
+    measured = {f"{name} - bar": table.difference(name, "bar") for name in names}
+    for name in ("router, all SFT sources", "router, all of all SFT sources"):
+        for domain in rl_domains(recipe) if name in names else ():
+            measured[f"{name} - bar: {domain}"] = table.difference(name, "bar", domain)
+    everything = table.difference(f"router, {max(settings.fractions):.0%} of the data", "bar")
+    verdict = FAILS if everything.is_above else HOLDS
+    why = "the small sample suffices when all of the data is not better beyond noise"
+    return Finding(verdict, why, measured)
+
+
+# --- 9: active experts ----------------------------------------------------------------------------
+
+
+def active(recipe: Recipe) -> list[int]:
+    return list(range(len(recipe.experts), 1, -1))
+
+
+def active_arms(arms: Arms) -> None:
+    arms.add("bar", arms.bar.bar)
+    for count in active(arms.recipe):
+        arms.with_router(f"{count} experts active", top_k=count)
+
+
+def active_experts(table: Table, recipe: Recipe) -> Finding:
+    names = [f"{count} experts active" for count in active(recipe)]
+    measured = {f"{name} - bar": table.difference(name, "bar") for name in names}
+    fewest = table.difference("bar", names[-1])
+    why = (
+        "fewer active experts cost score: bar against the fewest; one is refused, as its router "
+        "gets no gradient in post-norm blocks"
+    )
+    return Finding(decide(fewest), why, measured)
+
+
+# --- 10: upgrades ---------------------------------------------------------------------------------
+
+
+def upgrade_arms(arms: Arms) -> None:
+    recipe = arms.recipe
+    arms.add("bar", arms.bar.bar)
+    for domain, expert in recipe.reproduce.older.items():
+        arms.with_expert(f"before better data: {domain}", domain, expert)
+    for domain in rl_domains(recipe):
+        without = replace(recipe.experts[domain], rlvr=None)
+        arms.with_expert(f"before RLVR: {domain}", domain, without)
+    last = list(recipe.experts)[-1]
+    arms.with_expert(f"before adding: {last}", last, None)
+
+
+def upgrades(table: Table, recipe: Recipe) -> Finding:
+    measured: dict[str, Estimate] = {}
+    verdicts = []
+    for name in [n for n in table.models if n.startswith("before ")]:
+        domain = name.rpartition(": ")[2]
+        gain = table.difference("bar", name, domain)
+        measured[f"{name}, gain: {domain}"] = gain
+        verdicts.append(decide(gain))
+        for other in (c for c in table.categories if c != domain):
+            moved = table.difference("bar", name, other)
+            measured[f"{name}, gain: {other}"] = moved
+            verdicts.append(FAILS if moved.is_below else HOLDS)
+    why = "the domain gains beyond noise, and no other category loses beyond noise"
+    return Finding(worst(verdicts), why, measured)
+
+
+# --- 12: late RL ----------------------------------------------------------------------------------
+
+
+def late_arms(arms: Arms) -> None:
+    arms.add("bar", arms.bar.bar)
+    arms.retrain("retrain", with_midtrain=False)
+    experts = {name: replace(e, rlvr=None) for name, e in arms.recipe.experts.items()}
+    arms.variant("bar without RLVR", experts=experts)
+
+
+def late(table: Table, recipe: Recipe) -> Finding:
+    measured: dict[str, Estimate] = {}
+    verdicts = []
+    for category in (c for c in table.categories if c not in rl_domains(recipe)):
+        lost = table.difference("retrain sft", "retrain", category)
+        kept = table.difference("bar", "bar without RLVR", category)
+        measured[f"{category}: retraining, lost by RLVR"] = lost
+        measured[f"{category}: bar, gained by RLVR"] = kept
+        verdicts.append((lost.is_above, kept.is_below))
+    degrades = any(lost for lost, _ in verdicts)
+    why = "retraining loses a category by its last stage, and BAR none"
+    if any(fell for _, fell in verdicts):
+        return Finding(FAILS, why, measured)
+    return Finding(HOLDS if degrades else NOISE, why, measured)
+
+
+CLAIMS = (
+    Claim(
+        1,
+        "BAR exceeds post-training-only retraining; retraining with mid-training is the ceiling.",
+        "overall 49.1; retraining 47.8, with mid-training 50.5; continued 45.3; BTX 46.7; "
+        "dense merging 36.9, with mid-training 6.5",
+        baseline_arms,
+        baselines,
+    ),
+    Claim(
+        2,
+        "SFT with frozen embeddings and LM head fails where a domain brings new special tokens.",
+        "tool use 20.3 frozen, 46.4 with both learning",
+        token_arms,
+        tokens,
+    ),
+    Claim(
+        3,
+        "RLVR with all shared weights frozen stays flat.",
+        "math reward flat for 250 steps when frozen, 2.2 to 3.4 when not; a later run with "
+        "attention frozen went from 41.9 to 57.9",
+        rlvr_arms,
+        rlvr,
+    ),
+    Claim(
+        4,
+        "Domain-only SFT destroys general ability; mixed SFT keeps it.",
+        "chat 15.7 after math only, 40.9 mixed",
+        mixing_arms,
+        mixing,
+    ),
+    Claim(
+        5,
+        "Averaging the shared weights that diverged costs little.",
+        "tool use 46.6 in the expert, 45.5 merged",
+        averaging_arms,
+        averaging,
+    ),
+    Claim(
+        6,
+        "Dense merging fails after mid-training, and trails without it.",
+        "overall 6.5 with mid-training, 36.9 without, BAR 49.1",
+        merging_arms,
+        merging,
+    ),
+    Claim(7, "BTX trails BAR.", "overall 46.7 against 49.1", btx_arms, btx),
+    Claim(
+        8,
+        "A stratified sample of 5 % suffices for the router; more data undoes RLVR.",
+        "1 %: 44.4, 5 %: 48.8, 100 %: 47.6; math 56.2 at 5 %, 43.8 at 100 %",
+        router_arms,
+        routing,
+    ),
+    Claim(
+        9,
+        "Fewer active experts cost score.",
+        "k = 5, 4, 3, 2, 1: 48.8, 48.2, 36.8, 38.8, 31.1 (tokens were dropped below k = E)",
+        active_arms,
+        active_experts,
+    ),
+    Claim(
+        10,
+        "One expert can be upgraded, added or removed; the others stay where they are.",
+        "code +16.5 by better data, math +13.0 by RLVR, others within 2 points",
+        upgrade_arms,
+        upgrades,
+    ),
+    Claim(
+        12,
+        "Late RLVR degrades earlier abilities of a monolithic model, and not of BAR.",
+        "stated in the paper without figures",
+        late_arms,
+        late,
+    ),
+)

@@ -1,0 +1,43 @@
+"""Test the claims of the paper: every baseline and ablation, with several seeds.
+
+    python jobs/reproduce.py conf/reproduce.yaml
+    python jobs/reproduce.py conf/reproduce.yaml --plan reproduce.claims=[2,9]
+    python jobs/reproduce.py conf/reproduce.yaml --docs docs/claims.md
+
+The same command again continues where it stopped; with one arm changed, only that arm runs.
+Verdicts and figures go to <storage>/report/claims.json and claims.md.
+"""
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from bar_ray.claims import report
+from bar_ray.claims.table import Table
+from bar_ray.cluster import session
+from bar_ray.config import Cli
+from bar_ray.recipe import Recipe
+
+
+def main(recipe: Recipe, args: argparse.Namespace) -> None:
+    recipe = session.absolute_storage(recipe)
+    claims = report.chosen(recipe)
+    seeds = recipe.reproduce.seeds
+    arms = {seed: report.arms_of(replace(recipe, seed=seed), claims) for seed in seeds}
+    targets = [step for each in arms.values() for step in each.scores.values()]
+    if args.plan:
+        return session.show_plan(targets)
+    session.drive(recipe, targets)
+    table = Table.read({seed: each.scores for seed, each in arms.items()})
+    found = report.judge(recipe, claims, table)
+    page = report.write(recipe, found, f"python {shlex.join(sys.argv)}")
+    if args.docs:
+        Path(args.docs).write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    cli = Cli(__doc__).add("--docs", default="", help="also write the page to this file")
+    cli.run(main)

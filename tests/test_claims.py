@@ -1,0 +1,194 @@
+"""The claims of the paper: equal budgets, shared artifacts, statistics, verdicts."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bar_ray import config, pipeline
+from bar_ray.claims import claims, report
+from bar_ray.claims.arms import Arms
+from bar_ray.claims.claims import CLAIMS, FAILS, HOLDS, NOISE, decide, worst
+from bar_ray.claims.joint import joint
+from bar_ray.claims.table import Table
+from bar_ray.graph import Step, topological
+from bar_ray.recipe import Merge, Recipe, Sft
+from bar_ray.types import UserError
+
+CATEGORIES = ("general", "math", "code", "tool_use", "safety")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return config.load("conf/reproduce.yaml")
+
+
+@pytest.fixture
+def arms(recipe: Recipe) -> Arms:
+    return Arms(recipe)
+
+
+def made_by(step: Step) -> set[str]:
+    return {each.artifact.uri for each in topological([step])}
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def test_joint_training_takes_the_rows_of_each_expert() -> None:
+    one = Sft(data={"general": 0.5, "math": 0.5}, steps=400, batch_size=4, seq_len=256)
+    two = Sft(data={"general": 1.0, "code": 3.0}, steps=100, batch_size=8, seq_len=256)
+    both = joint([one, two])
+    assert both.data == {"general": 1000.0, "math": 800.0, "code": 600.0}
+    assert both.steps * both.batch_size == 400 * 4 + 100 * 8
+    with pytest.raises(UserError, match="one length"):
+        joint([one, replace(two, seq_len=128)])
+    with pytest.raises(UserError, match="not `epochs`"):
+        joint([one, replace(two, steps=0)])
+
+
+def test_retraining_spends_what_the_experts_spend(recipe: Recipe, arms: Arms) -> None:
+    def rows(step: Step, kind: str) -> int:
+        steps = {s.artifact.uri: s for s in topological([step]) if s.verb == kind}.values()
+        return sum(s.settings["stage"].steps * s.settings["stage"].batch_size for s in steps)
+
+    model = arms.retrain("retrain", with_midtrain=True)
+    experts = [*arms.bar.experts.values()]
+    spent = {verb: sum(rows(e, verb) for e in experts) for verb in ("midtrain", "sft", "rlvr")}
+    chain = [s for s in topological([model]) if s.name.startswith("retrain")]
+    stages = {s.name: s.settings["stage"] for s in chain}
+    post = recipe.tiny.post_train
+    assert stages["retrain"].steps * stages["retrain"].batch_size == spent["rlvr"]
+    midtrain, sft = stages["retrain-midtrain"], stages["retrain-sft"]
+    assert midtrain.steps * midtrain.batch_size == spent["midtrain"]
+    assert sft.steps * sft.batch_size == spent["sft"] + post.steps * post.batch_size
+
+
+# --- sharing --------------------------------------------------------------------------------------
+
+
+def test_arms_reuse_what_the_recipe_makes_anyway(recipe: Recipe, arms: Arms) -> None:
+    own = {s.artifact.uri for s in topological(pipeline.build(recipe).targets)}
+    fewer = arms.with_router("k", top_k=2)
+    assert {s.verb for s in topological([fewer]) if s.artifact.uri not in own} == {"route"}
+    merged = arms.with_merge("sum", Merge(rule="sum"))
+    added = {s.verb for s in topological([merged]) if s.artifact.uri not in own}
+    assert added == {"merge", "route"}
+    arms.add("bar", arms.bar.bar)
+    assert arms.scores["bar"].artifact.uri in own, "scored once, for the recipe and for the claims"
+
+
+def test_a_model_with_two_names_is_scored_once(arms: Arms) -> None:
+    arms.add("one", arms.base)
+    arms.add("two", arms.base)
+    assert arms.scores["one"] is arms.scores["two"]
+
+
+def test_frozen_arms_differ_in_their_freeze_table_alone(recipe: Recipe, arms: Arms) -> None:
+    claims.token_arms(arms)
+    each = arms.models.values()
+    tables = {name: step.settings["stage"].learn for name, step in arms.models.items()}
+    assert not (tables["tool_use, all shared frozen"].embedding)
+    assert not (tables["tool_use, all shared frozen"].lm_head)
+    assert tables["tool_use, only embeddings learn"].embedding == 0.1
+    assert tables["tool_use, only embeddings learn"].lm_head == 0
+    same = [replace(s.settings["stage"], learn=recipe.tiny.post_train.learn) for s in each]
+    assert all(stage == same[0] for stage in same)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def table_of(rates: dict[str, dict[str, float]], seeds: int = 3, items: int = 120) -> Table:
+    """A table of models that answer each category's items right with a given probability."""
+    draw = random.Random(0)
+
+    def answers(rate: float) -> dict[str, float]:
+        return {f"item-{i}": float(draw.random() < rate) for i in range(items)}
+
+    return Table(
+        {
+            seed: {
+                model: {c: answers(by_category.get(c, 0.5)) for c in CATEGORIES}
+                for model, by_category in rates.items()
+            }
+            for seed in range(seeds)
+        }
+    )
+
+
+def test_differences_are_paired_by_item() -> None:
+    base = {f"i{n}": float(n % 2) for n in range(100)}
+    better = {**base, "i0": 1.0, "i2": 1.0}
+    table = Table({0: {"a": {"math": better}, "b": {"math": base}}})
+    found = table.difference("a", "b", "math")
+    assert found.mean == pytest.approx(2.0) and found.by_seed == (pytest.approx(2.0),)
+    # Two of 100 items differ, by one each: standard error sqrt(0.0196 / 99 * 100 / 100) of a point.
+    assert found.high - found.mean == pytest.approx(1.96 * 100 * (0.02 * 0.98 / 99) ** 0.5)
+    score = table.score("b", "math")
+    assert score.mean == pytest.approx(50) and score.high - score.low > 15
+
+
+def test_overall_is_the_mean_of_the_categories() -> None:
+    table = table_of({"a": dict.fromkeys(CATEGORIES, 0.9), "b": {}})
+    means = [table.difference("a", "b", c).mean for c in CATEGORIES]
+    whole = table.difference("a", "b")
+    assert whole.mean == pytest.approx(sum(means) / len(means))
+    widths = [
+        (table.difference("a", "b", c).high - m) for c, m in zip(CATEGORIES, means, strict=True)
+    ]
+    assert whole.high - whole.mean == pytest.approx(sum(w**2 for w in widths) ** 0.5 / 5)
+
+
+def test_a_verdict_needs_every_seed_and_the_interval() -> None:
+    up = table_of({"a": dict.fromkeys(CATEGORIES, 0.9), "b": {}})
+    assert decide(up.difference("a", "b")) == HOLDS
+    assert decide(up.difference("b", "a")) == FAILS
+    level = table_of({"a": {}, "b": {}})
+    assert decide(level.difference("a", "b")) == NOISE
+
+    def answers(rate: float) -> dict[str, dict[str, float]]:
+        return {"math": {f"i{n}": float(n < 100 * rate) for n in range(100)}}
+
+    split = [{"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, {"a": 0.4, "b": 0.5}]
+    items = {seed: {m: answers(r) for m, r in by.items()} for seed, by in enumerate(split)}
+    found = Table(items).difference("a", "b")
+    assert found.low > 0 and not found.is_above, "one seed says otherwise"
+    assert worst([HOLDS, NOISE, FAILS]) == FAILS and worst([HOLDS, NOISE]) == NOISE
+
+
+# --- verdicts and the page ------------------------------------------------------------------------
+
+
+def test_every_claim_has_a_verdict_and_a_place_on_the_page(recipe: Recipe, tmp_path: Path) -> None:
+    chosen = report.chosen(recipe)
+    models = report.arms_of(recipe, chosen).scores
+    table = table_of({name: {} for name in models})
+    found = report.judge(recipe, chosen, table)
+    assert [claim["number"] for claim in found["claims"]] == [claim.number for claim in CLAIMS]
+    page = report.write(replace(recipe, storage=str(tmp_path)), found, "python jobs/reproduce.py")
+    written = json.loads((tmp_path / "report" / "claims.json").read_text())
+    assert report.markdown(written) == page
+    for claim in written["claims"]:
+        assert claim["verdict"] in (HOLDS, FAILS, NOISE) and claim["measured"], claim["claim"]
+        assert f"## {claim['number']}. {claim['claim']}" in page
+
+
+def test_verdicts_follow_the_scores(recipe: Recipe) -> None:
+    """Each claim holds in a world as published, and fails in the opposite one."""
+    good, bad = dict.fromkeys(CATEGORIES, 0.9), dict.fromkeys(CATEGORIES, 0.1)
+    names = {"bar": good, "dense merge": {}, "dense merge with mid-training": bad}
+    assert claims.merging(table_of(names), recipe).verdict == HOLDS
+    names |= {"dense merge": good, "bar": {}}
+    assert claims.merging(table_of(names), recipe).verdict == FAILS
+    btx = {"bar": good, "BTX": {}, "BTX as published": {}}
+    assert claims.btx(table_of(btx), recipe).verdict == HOLDS
+    assert claims.btx(table_of(btx | {"BTX": good, "bar": {}}), recipe).verdict == FAILS
+
+
+def test_an_unknown_claim_is_refused(recipe: Recipe) -> None:
+    wrong = replace(recipe, reproduce=replace(recipe.reproduce, claims=[99]))
+    with pytest.raises(UserError, match="no claim 99"):
+        report.chosen(wrong)
