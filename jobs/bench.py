@@ -7,8 +7,8 @@
 `rlvr`: asynchronous over synchronous RLVR, the engines over plain vLLM, both over TRL's
 GRPOTrainer, from the same checkpoint (trained first when it is not there yet). `sandbox`: honest
 and hostile programs side by side, what they leave behind, and runs per second over bare Python.
-`pool`: three experts of different length on one pool of logical GPUs, over the lower bound, one
-after another and equal shares. Figures also go to <storage>/bench/<time>/ as JSON.
+`pool`: three experts of different length on one pool of logical GPUs, fair and weighted, over the
+lower bound, one after another and equal shares. Figures also go to <storage>/bench/<time>/ as JSON.
 """
 
 import argparse
