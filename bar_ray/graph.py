@@ -34,6 +34,9 @@ VERBS: dict[str, tuple[str, int]] = {
     "merge": ("bar_ray.merge:run", 1),
     "average": ("bar_ray.baselines.dense:merge", 1),
     "btx": ("bar_ray.baselines.dense:btx", 1),
+    "lora": ("bar_ray.stages.start:lora", 1),
+    "adapter_router": ("bar_ray.baselines.lora:train_router", 1),
+    "routed": ("bar_ray.baselines.lora:evaluate", 1),
     "route": ("bar_ray.stages.start:router", 2),
     "evaluate": ("bar_ray.evaluate.run:run", 1),
 }

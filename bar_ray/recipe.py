@@ -245,6 +245,15 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """The adapters that the experts are compared with."""
+
+    rank: int = what(16, "rank of an adapter")
+    alpha: float = what(32.0, "scale of an adapter times its rank")
+    lr: float = what(2e-4, "peak learning rate of adapters")
+
+
+@dataclass(frozen=True)
 class Baselines:
     """What models without separate experts learn, on the experts' own data, steps and rates."""
 
@@ -253,6 +262,7 @@ class Baselines:
     finetune: Learn = what(
         lambda: Learn(**dict.fromkeys(ROLES, 1.0)), "freeze table when a whole MoE is finetuned"
     )
+    lora: Lora = what(Lora, "an adapter per domain, trained on its expert's SFT data and steps")
     btx_shared: str = what("", "whose shared weights BTX as published takes; empty: the first's")
 
 

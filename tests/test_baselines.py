@@ -1,6 +1,7 @@
 """Dense models made one, or the experts of one MoE; TIES against mergekit's."""
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
-from bar_ray.baselines import dense
-from bar_ray.model import average
+from bar_ray.baselines import dense, lora
+from bar_ray.model import average, freeze
 from bar_ray.model.tensors import Checkpoint
-from bar_ray.recipe import Merge
+from bar_ray.recipe import Learn, Merge
 from bar_ray.tiny.model import tiny_config
 from bar_ray.tiny.tokenizer import build_tokenizer
 
@@ -108,3 +110,50 @@ def test_ties_agrees_with_mergekit(folders: dict[str, Path], tmp_path: Path) -> 
         ours = average.ties(base[name], [model[name] for model in deltas], density, scale)
         assert torch.allclose(ours, theirs[name], atol=1e-6), name
         assert not torch.equal(ours, base[name])
+
+
+def test_an_adapter_merged_in_is_the_model_with_the_adapter(folders: dict[str, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model = inject_adapter_in_model(config, model)
+    groups = freeze.apply(model, Learn(embedding=0.5))
+    assert {group["role"]: group["scale"] for group in groups} == {"adapter": 1.0, "embedding": 0.5}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        wanted = model(TOKENS).logits
+        plain = AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32)
+        plain.load_state_dict(lora.merged(dict(model.named_parameters()), scale=8 / 4))
+        assert (plain(TOKENS).logits - wanted).abs().max() < 1e-4
+        assert (logits(folders["base"]) - wanted).abs().max() > 1e-2
+
+
+def test_the_classifier_tells_apart_what_can_be_told_apart() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 200 + [1] * 20 + [2] * 50)
+    centres = torch.randn(3, 16) * 2
+    features = 100 + 7 * (centres[labels] + torch.randn(len(labels), 16) * 0.3)
+    right = lora.classifier(features, labels, 3)(features).argmax(-1) == labels
+    assert right.float().mean() > 0.98
+
+
+def test_a_routed_evaluation_takes_each_answer_from_the_chosen_adapter(tmp_path: Path) -> None:
+    def evaluated(name: str, score: float) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [
+            {"category": "math", "id": i, "score": score, "outcome": "right" if score else "wrong"}
+            for i in ("a", "b", "c", "d")
+        ]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    inputs = {"router": tmp_path, "scores:math": evaluated("math", 1.0)}
+    inputs["scores:general"] = evaluated("general", 0.0)
+    choices = {"math": {"a": "math", "b": "general", "c": "math", "d": "math"}}
+    (tmp_path / "choices.json").write_text(json.dumps(choices))
+    (tmp_path / "out").mkdir()
+    lora.evaluate(SimpleNamespace(inputs=inputs), Run(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert found["scores"]["math"] == 75 and found["outcomes"]["math"] == {"right": 3, "wrong": 1}

@@ -12,6 +12,7 @@ from bar_ray import pipeline
 from bar_ray.claims.joint import dense, joint
 from bar_ray.graph import Step
 from bar_ray.recipe import Expert, Learn, Merge, Recipe, Rlvr, Stage
+from bar_ray.types import UserError
 
 
 class Arms(pipeline.Builder):
@@ -22,6 +23,9 @@ class Arms(pipeline.Builder):
         self.base, self.pretrained = self.dense()
         self.bar = pipeline.build(recipe)
         self.models: dict[str, Step] = {}
+        self.composed: dict[str, Step] = {}  # evaluations that are put together from others
+        own = self.bar.scores.values()
+        self.evaluations = {each.inputs["model"].fingerprint: each for each in own}
 
     def add(self, name: str, model: Step) -> Step:
         """A model that is to be scored."""
@@ -30,11 +34,15 @@ class Arms(pipeline.Builder):
 
     @property
     def scores(self) -> dict[str, Step]:
-        """Each model's evaluation; one for two names of a model, the recipe's own where it is."""
-        steps = {each.inputs["model"].fingerprint: each for each in self.bar.scores.values()}
-        for name, model in self.models.items():
-            steps.setdefault(model.fingerprint, self.evaluate(name, model))
-        return {name: steps[model.fingerprint] for name, model in self.models.items()}
+        """The evaluation of every model, by its name."""
+        return {n: self.evaluation(m) for n, m in self.models.items()} | self.composed
+
+    def evaluation(self, model: Step) -> Step:
+        """One for two names of a model; the recipe's own where there is one."""
+        if model.fingerprint not in self.evaluations:
+            name = next(n for n, each in self.models.items() if each is model)
+            self.evaluations[model.fingerprint] = self.evaluate(name, model)
+        return self.evaluations[model.fingerprint]
 
     def stages(self, kind: str) -> dict[str, Any]:
         """The experts' stages of a kind, by domain."""
@@ -140,6 +148,47 @@ class Arms(pipeline.Builder):
         stage = replace(dense(router, self.recipe.baselines.finetune), lr=rates.lr, data=sources)
         settings = {"stage": stage, "shares": sources, "seed": self.recipe.seed}
         return self.add(name, self.step("train", name, settings, {"model": moe, **tokens}))
+
+    def adapters(self, name: str) -> None:
+        """A LoRA adapter per domain on the base, and a router that picks one per prompt."""
+        recipe, settings = self.recipe, self.recipe.baselines.lora
+        models, adapter_of = {GENERAL: self.base}, {general_data(recipe): GENERAL}
+        for domain, sft in self.stages("sft").items():
+            learn = Learn(embedding=sft.learn.embedding, lm_head=sft.learn.lm_head)
+            stage = replace(dense(sft, learn), lr=settings.lr)
+            plain = self.lm("lora", domain, stage, self.base, "messages")
+            models[domain] = replace(plain, settings={**plain.settings, "lora": settings})
+            adapter_of |= {source: domain for source in sft.data if source not in adapter_of}
+        shares, tokens = self.router_data()
+        sample = next(iter(tokens.values())).inputs["sample"]
+        data, world = self._many(recipe.evaluate.categories)
+        known = {source: adapter_of[source] for source in shares}
+        router = self.step(
+            "adapter_router",
+            "adapters",
+            {"adapter": known, "seed": recipe.seed},
+            {"base": self.base, "sample": sample, **world},
+            data,
+        )
+        for domain, model in models.items():
+            self.add("base" if domain == GENERAL else f"LoRA {domain}", model)
+        scores = {f"scores:{d}": self.evaluation(model) for d, model in models.items()}
+        self.composed[name] = self.step("routed", "adapters", {}, {"router": router, **scores})
+
+
+GENERAL = "general"
+
+
+def general_data(recipe: Recipe) -> str:
+    """The dataset that every expert's SFT has a share of."""
+    mixes = [set(expert.sft.data) for expert in recipe.experts.values() if expert.sft]
+    common = set.intersection(*mixes)
+    if len(common) != 1:
+        raise UserError(
+            "the experts' SFT mixtures must share one dataset, the general one, "
+            f"not {sorted(common)}"
+        )
+    return common.pop()
 
 
 def frozen(learn: Learn, *roles: str) -> Learn:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bar_ray.claims.arms import Arms, frozen
+from bar_ray.claims.arms import GENERAL, Arms, frozen, general_data
 from bar_ray.claims.table import Estimate, Table
 from bar_ray.recipe import Expert, Merge, Recipe
 
@@ -58,7 +58,8 @@ def worst(verdicts: Sequence[str]) -> str:
 
 BASELINES = (
     *("retrain", "retrain with mid-training", "continued", "dense merge"),
-    *("dense merge with mid-training", "BTX as published", "BTX"),
+    *("dense merge with mid-training", "dense TIES", "dense TIES with mid-training"),
+    *("BTX as published", "BTX", "LoRA adapters"),
 )
 
 
@@ -70,6 +71,7 @@ def baseline_arms(arms: Arms) -> None:
     arms.continued("continued")
     merging_arms(arms)
     btx_arms(arms)
+    arms.adapters("LoRA adapters")
 
 
 def baselines(table: Table, recipe: Recipe) -> Finding:
@@ -84,9 +86,10 @@ def baselines(table: Table, recipe: Recipe) -> Finding:
 
 def merging_arms(arms: Arms) -> None:
     arms.add("bar", arms.bar.bar)
-    alone = Merge(include_base=False)
-    arms.averaged("dense merge", arms.specialists(with_midtrain=False), alone)
-    arms.averaged("dense merge with mid-training", arms.specialists(with_midtrain=True), alone)
+    without, after = arms.specialists(with_midtrain=False), arms.specialists(with_midtrain=True)
+    for name, merge in (("merge", Merge(include_base=False)), ("TIES", Merge(rule="ties"))):
+        arms.averaged(f"dense {name}", without, merge)
+        arms.averaged(f"dense {name} with mid-training", after, merge)
 
 
 def merging(table: Table, recipe: Recipe) -> Finding:
@@ -200,13 +203,6 @@ def rlvr(table: Table, recipe: Recipe) -> Finding:
 # --- 4: mixed SFT ---------------------------------------------------------------------------------
 
 
-def general_data(recipe: Recipe) -> str:
-    """The dataset that every expert's SFT has a share of."""
-    mixes = [set(expert.sft.data) for expert in recipe.experts.values() if expert.sft]
-    [common] = set.intersection(*mixes)
-    return common
-
-
 def mixed(recipe: Recipe, domain: str, share: float) -> Expert:
     """The expert up to SFT, with another share of general data."""
     expert, common = recipe.experts[domain], general_data(recipe)
@@ -240,7 +236,7 @@ def mixing_arms(arms: Arms) -> None:
                 arms.expert(f"{domain}, {share:.0%} general", domain, changed)
 
 
-def mixing(table: Table, recipe: Recipe, category: str = "general") -> Finding:
+def mixing(table: Table, recipe: Recipe, category: str = GENERAL) -> Finding:
     measured: dict[str, Estimate] = {}
     verdicts = []
     for domain in mixing_domains(recipe):

@@ -19,7 +19,7 @@ def apply(model: nn.Module, learn: Learn) -> list[dict]:
     Each group holds {"role", "scale", "params"}; the learning rate of a step is `lr * scale`.
     A frozen tensor gets no gradient and no optimizer state.
     """
-    rates = asdict(learn)
+    rates = {**asdict(learn), "adapter": 1.0}  # adapters are there to learn
     groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
         role = role_of(name)

@@ -32,11 +32,13 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def role_of(name: str) -> str:
-    """The role of a tensor: embedding, attention, norm, lm_head, anchor, expert or router.
+    """The role of a tensor: embedding, attention, norm, lm_head, anchor, expert, router or adapter.
 
     Expert 0 and its router row are the anchor. Of a dense model the FFN is the expert. The stacked
     router of a file holds every row and counts as `router`.
     """
+    if ".lora_" in name:
+        return "adapter"
     if match := EXPERT.search(name) or ROUTER_ROW.search(name):
         if match.group(1) == "0":
             return "anchor"

@@ -80,14 +80,11 @@ class Worker:
         )
 
     def loop(self) -> dict[str, Any]:
-        from bar_ray.model import experts
         from bar_ray.train.engine import Engine
 
         self.model_folder = on_every_rank(lambda: self.run.fetch(self.step.inputs["model"]))
         self.num_steps = on_every_rank(self.prepare)
-        dtype = getattr(torch, self.stage.dtype)
-        model = experts.load(self.model_folder, dtype, self.step.settings.get("top_k", 0))
-        self.engine = Engine(model, self.stage, self.num_steps)
+        self.engine = Engine(self.load_model(), self.stage, self.num_steps)
         self.before_resume()
         self.start(self._resume())
         started, first = time.monotonic(), self.engine.step
@@ -117,6 +114,17 @@ class Worker:
     def train_step(self) -> dict[str, float] | None:
         """One optimizer step; its numbers with `tokens` among them, None when data has run out."""
         raise NotImplementedError
+
+    def load_model(self) -> Any:
+        """The model of the step, ready for training."""
+        from bar_ray.model import experts
+
+        dtype = getattr(torch, self.stage.dtype)
+        return experts.load(self.model_folder, dtype, self.step.settings.get("top_k", 0))
+
+    def on_disk(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is written of the trained weights, for models that are changed for training."""
+        return weights
 
     def before_resume(self) -> None:
         """Called when the model is as the stage was given it."""
@@ -219,7 +227,8 @@ class Worker:
         tokens = self.num_steps * self.stage.batch_size * self.stage.seq_len
         info = {"steps": self.num_steps, "tokens": tokens}
         with self.run.output(self.step, info) as folder:
-            experts.write(self.engine.model.config, weights, folder, self.model_folder)
+            stored = self.on_disk(weights)
+            experts.write(self.engine.model.config, stored, folder, self.model_folder)
             self.finish_output(folder)
         self.run.event("trained", self.step, seconds=seconds, **info)
         self.ledger.clear()

@@ -29,6 +29,11 @@ def router(step: Step, run: Any) -> None:
     train("bar_ray.route:RouteWorker", step, run)
 
 
+def lora(step: Step, run: Any) -> None:
+    """The same through adapters on a dense model; settings also `lora`."""
+    train("bar_ray.baselines.lora:LoraWorker", step, run)
+
+
 def fisher(step: Step, run: Any) -> None:
     """Inputs and settings as of a language model; nothing is trained."""
     train("bar_ray.stages.fisher:FisherWorker", step, run)
