@@ -99,7 +99,8 @@ class Builder:
             self.world = self.step("world", "tiny", {"seed": recipe.seed}, {})
 
     def step(self, verb: str, name: str, settings: object, inputs: dict, data=None) -> Step:
-        return Step(verb, name, settings, inputs, data or {}, self.recipe.storage)
+        place = name.replace(" ", "-")
+        return Step(verb, place, settings, inputs, data or {}, self.recipe.storage)
 
     def dense(self) -> tuple[Step, Step]:
         """The post-trained base and the pretrained one: imported, or trained in the small world.
@@ -211,4 +212,4 @@ class Builder:
     def evaluate(self, name: str, model: Step) -> Step:
         data, inputs = self._many(self.recipe.evaluate.categories)
         inputs = {"model": model, **inputs}
-        return self.step("evaluate", name.replace(" ", "-"), self.recipe.evaluate, inputs, data)
+        return self.step("evaluate", name, self.recipe.evaluate, inputs, data)

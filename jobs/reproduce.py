@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bar_ray.claims import report
+from bar_ray.claims.claims import Evidence
 from bar_ray.claims.table import Table
 from bar_ray.cluster import session
 from bar_ray.config import Cli
@@ -31,7 +32,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
         return session.show_plan(targets)
     session.drive(recipe, targets)
     table = Table.read({seed: each.scores for seed, each in arms.items()})
-    found = report.judge(recipe, claims, table)
+    found = report.judge(Evidence(table, recipe, arms), claims)
     page = report.write(recipe, found, f"python {shlex.join(sys.argv)}")
     if args.docs:
         Path(args.docs).write_text(page)

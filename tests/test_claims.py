@@ -10,7 +10,7 @@ import pytest
 from bar_ray import config, pipeline
 from bar_ray.claims import claims, report
 from bar_ray.claims.arms import Arms
-from bar_ray.claims.claims import CLAIMS, FAILS, HOLDS, NOISE, decide, worst
+from bar_ray.claims.claims import CLAIMS, FAILS, HOLDS, NOISE, Evidence, decide, worst
 from bar_ray.claims.joint import joint
 from bar_ray.claims.table import Table
 from bar_ray.graph import Step, topological
@@ -164,9 +164,9 @@ def test_a_verdict_needs_every_seed_and_the_interval() -> None:
 
 def test_every_claim_has_a_verdict_and_a_place_on_the_page(recipe: Recipe, tmp_path: Path) -> None:
     chosen = report.chosen(recipe)
-    models = report.arms_of(recipe, chosen).scores
-    table = table_of({name: {} for name in models})
-    found = report.judge(recipe, chosen, table)
+    arms = report.arms_of(recipe, chosen)
+    table = table_of({name: {} for name in arms.scores})
+    found = report.judge(Evidence(table, recipe, {0: arms}), chosen)
     assert [claim["number"] for claim in found["claims"]] == [claim.number for claim in CLAIMS]
     page = report.write(replace(recipe, storage=str(tmp_path)), found, "python jobs/reproduce.py")
     written = json.loads((tmp_path / "report" / "claims.json").read_text())
@@ -180,12 +180,14 @@ def test_verdicts_follow_the_scores(recipe: Recipe) -> None:
     """Each claim holds in a world as published, and fails in the opposite one."""
     good, bad = dict.fromkeys(CATEGORIES, 0.9), dict.fromkeys(CATEGORIES, 0.1)
     names = {"bar": good, "dense merge": {}, "dense merge with mid-training": bad}
-    assert claims.merging(table_of(names), recipe).verdict == HOLDS
+    assert claims.merging(Evidence(table_of(names), recipe, {})).verdict == HOLDS
     names |= {"dense merge": good, "bar": {}}
-    assert claims.merging(table_of(names), recipe).verdict == FAILS
+    assert claims.merging(Evidence(table_of(names), recipe, {})).verdict == FAILS
     btx = {"bar": good, "BTX": {}, "BTX as published": {}}
-    assert claims.btx(table_of(btx), recipe).verdict == HOLDS
-    assert claims.btx(table_of(btx | {"BTX": good, "bar": {}}), recipe).verdict == FAILS
+    assert claims.btx(Evidence(table_of(btx), recipe, {})).verdict == HOLDS
+    assert (
+        claims.btx(Evidence(table_of(btx | {"BTX": good, "bar": {}}), recipe, {})).verdict == FAILS
+    )
 
 
 def test_an_unknown_claim_is_refused(recipe: Recipe) -> None:

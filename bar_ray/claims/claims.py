@@ -4,10 +4,11 @@ A verdict is `holds` or `does not hold` only beyond noise: the 95 % interval ove
 to one side of zero, and so does every seed. Else it is `within noise`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bar_ray.claims import cost
 from bar_ray.claims.arms import GENERAL, Arms, frozen, general_data
 from bar_ray.claims.table import Estimate, Table
 from bar_ray.recipe import Expert, Merge, Recipe
@@ -27,6 +28,15 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a verdict is read from."""
+
+    table: Table
+    recipe: Recipe
+    arms: Mapping[int, Arms]  # by seed
+
+
+@dataclass(frozen=True)
 class Claim:
     """One claim of the paper.
 
@@ -39,7 +49,7 @@ class Claim:
     text: str
     published: str
     arms: Callable[[Arms], None]
-    judge: Callable[[Table, Recipe], Finding]
+    judge: Callable[[Evidence], Finding]
 
 
 def decide(expected: Estimate) -> str:
@@ -74,7 +84,8 @@ def baseline_arms(arms: Arms) -> None:
     arms.adapters("LoRA adapters")
 
 
-def baselines(table: Table, recipe: Recipe) -> Finding:
+def baselines(found: Evidence) -> Finding:
+    table = found.table
     above = {f"bar - {name}": table.difference("bar", name) for name in BASELINES}
     ceiling = table.difference("retrain with mid-training", "bar")
     measured = {name: table.score(name) for name in ("base", "bar", *BASELINES)} | above
@@ -92,7 +103,8 @@ def merging_arms(arms: Arms) -> None:
         arms.averaged(f"dense {name} with mid-training", after, merge)
 
 
-def merging(table: Table, recipe: Recipe) -> Finding:
+def merging(found: Evidence) -> Finding:
+    table = found.table
     without, after = (
         table.difference("bar", name) for name in ("dense merge", "dense merge with mid-training")
     )
@@ -114,7 +126,8 @@ def btx_arms(arms: Arms) -> None:
     arms.finetuned("BTX", arms.btx("btx", models, Merge()))
 
 
-def btx(table: Table, recipe: Recipe) -> Finding:
+def btx(found: Evidence) -> Finding:
+    table = found.table
     measured = {f"bar - {n}": table.difference("bar", n) for n in ("BTX as published", "BTX")}
     verdicts = {name: decide(each) for name, each in measured.items()}
     why = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
@@ -145,7 +158,8 @@ def token_arms(arms: Arms) -> None:
             arms.expert(f"{domain}, {name}", domain, replace(expert, sft=sft))
 
 
-def tokens(table: Table, recipe: Recipe) -> Finding:
+def tokens(found: Evidence) -> Finding:
+    table, recipe = found.table, found.recipe
     measured: dict[str, Estimate] = {}
     losses = []
     for domain in token_domains(recipe):
@@ -186,7 +200,8 @@ def rlvr_arms(arms: Arms) -> None:
             arms.expert(f"{domain} rlvr, {name}", domain, changed)
 
 
-def rlvr(table: Table, recipe: Recipe) -> Finding:
+def rlvr(found: Evidence) -> Finding:
+    table, recipe = found.table, found.recipe
     measured: dict[str, Estimate] = {}
     gains = []
     for domain in rl_domains(recipe):
@@ -236,7 +251,8 @@ def mixing_arms(arms: Arms) -> None:
                 arms.expert(f"{domain}, {share:.0%} general", domain, changed)
 
 
-def mixing(table: Table, recipe: Recipe, category: str = GENERAL) -> Finding:
+def mixing(found: Evidence, category: str = GENERAL) -> Finding:
+    table, recipe = found.table, found.recipe
     measured: dict[str, Estimate] = {}
     verdicts = []
     for domain in mixing_domains(recipe):
@@ -293,7 +309,8 @@ def averaging_arms(arms: Arms) -> None:
         arms.add(f"{domain} expert, {FULL_RATE}", built.experts[domain])
 
 
-def averaging(table: Table, recipe: Recipe) -> Finding:
+def averaging(found: Evidence) -> Finding:
+    table, recipe = found.table, found.recipe
     measured: dict[str, Estimate] = {}
     costs = []
     for domain in recipe.experts:
@@ -332,7 +349,8 @@ def router_arms(arms: Arms) -> None:
             arms.variant(f"router, rare source {name}", datasets=datasets, router=sampled)
 
 
-def routing(table: Table, recipe: Recipe) -> Finding:
+def routing(found: Evidence) -> Finding:
+    table, recipe = found.table, found.recipe
     settings = recipe.reproduce
     names = [f"router, {fraction:.0%} of the data" for fraction in settings.fractions]
     names += [f"router, {steps} steps" for steps in settings.router_steps]
@@ -360,7 +378,8 @@ def active_arms(arms: Arms) -> None:
         arms.with_router(f"{count} experts active", top_k=count)
 
 
-def active_experts(table: Table, recipe: Recipe) -> Finding:
+def active_experts(found: Evidence) -> Finding:
+    table, recipe = found.table, found.recipe
     names = [f"{count} experts active" for count in active(recipe)]
     measured = {f"{name} - bar": table.difference(name, "bar") for name in names}
     fewest = table.difference("bar", names[-1])
@@ -386,7 +405,8 @@ def upgrade_arms(arms: Arms) -> None:
     arms.with_expert(f"before adding: {last}", last, None)
 
 
-def upgrades(table: Table, recipe: Recipe) -> Finding:
+def upgrades(found: Evidence) -> Finding:
+    table = found.table
     measured: dict[str, Estimate] = {}
     verdicts = []
     for name in [n for n in table.models if n.startswith("before ")]:
@@ -412,7 +432,8 @@ def late_arms(arms: Arms) -> None:
     arms.variant("bar without RLVR", experts=experts)
 
 
-def late(table: Table, recipe: Recipe) -> Finding:
+def late(found: Evidence) -> Finding:
+    table, recipe = found.table, found.recipe
     measured: dict[str, Estimate] = {}
     verdicts = []
     for category in (c for c in table.categories if c not in rl_domains(recipe)):
@@ -426,6 +447,25 @@ def late(table: Table, recipe: Recipe) -> Finding:
     if any(fell for _, fell in verdicts):
         return Finding(FAILS, why, measured)
     return Finding(HOLDS if degrades else NOISE, why, measured)
+
+
+# --- 11: cost -------------------------------------------------------------------------------------
+
+
+def costs(found: Evidence) -> Finding:
+    measured = cost.measure(found.recipe, found.arms)
+    num_domains = len(found.recipe.experts)
+    verdicts = []
+    for unit in cost.NAMES.values():
+        ours, theirs = (
+            measured[f"{kind}, {unit}, {num_domains} updates"] for kind in ("BAR", "retraining")
+        )
+        verdicts.append(HOLDS if ours.high < theirs.low else FAILS)
+    why = (
+        "cumulative cost of all updates, BAR below retraining in tokens, FLOPs and seconds; "
+        "retraining is modelled from one measured retraining on all domains"
+    )
+    return Finding(worst(verdicts), why, measured)
 
 
 CLAIMS = (
@@ -494,6 +534,13 @@ CLAIMS = (
         "code +16.5 by better data, math +13.0 by RLVR, others within 2 points",
         upgrade_arms,
         upgrades,
+    ),
+    Claim(
+        11,
+        "Updating domain by domain costs linearly under BAR, quadratically under retraining.",
+        "asymptotic, without measured hours",
+        cost.arms,
+        costs,
     ),
     Claim(
         12,

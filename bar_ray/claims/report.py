@@ -10,8 +10,8 @@ from typing import Any
 
 from bar_ray import storage
 from bar_ray.claims.arms import Arms
-from bar_ray.claims.claims import CLAIMS, PAPER, Claim, Finding
-from bar_ray.claims.table import OVERALL, Estimate, Table
+from bar_ray.claims.claims import CLAIMS, PAPER, Claim, Evidence, Finding
+from bar_ray.claims.table import OVERALL, Estimate
 from bar_ray.config import nearest
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
@@ -37,9 +37,10 @@ def arms_of(recipe: Recipe, claims: Sequence[Claim]) -> Arms:
     return arms
 
 
-def judge(recipe: Recipe, claims: Sequence[Claim], table: Table) -> dict[str, Any]:
+def judge(found: Evidence, claims: Sequence[Claim]) -> dict[str, Any]:
     """Verdicts and figures of all claims, and the scores of all models."""
-    findings = {claim.number: claim.judge(table, recipe) for claim in claims}
+    table = found.table
+    findings = {claim.number: claim.judge(found) for claim in claims}
     return {
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",

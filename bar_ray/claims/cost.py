@@ -1,0 +1,127 @@
+"""What an update costs: tokens, FLOPs and seconds of training, by domain.
+
+Tokens and seconds are what the runs recorded. FLOPs are counted: two per weight of a matrix and
+token in the forward pass, as many for the gradient of activations, and two per weight that learns;
+attention scores are left out, which short contexts hardly notice.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from statistics import fmean
+
+from bar_ray import storage
+from bar_ray.claims.arms import Arms
+from bar_ray.claims.table import Estimate
+from bar_ray.graph import Step, topological
+from bar_ray.recipe import Learn, Recipe, Rlvr
+from bar_ray.report import history
+
+NO_MATRIX = ("embedding", "norm")
+UNITS = {"tokens": 1e6, "flops": 1e12, "seconds": 60.0}
+NAMES = {"tokens": "million tokens", "flops": "TFLOP", "seconds": "minutes of training"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.tokens + other.tokens, self.flops + other.flops, self.seconds + other.seconds
+        )
+
+
+def cost_of(steps: Iterable[Step], past: history.History) -> dict[str, Cost]:
+    """Cost of every training step, by its URI."""
+    found = {}
+    for step in steps:
+        rows = past.metrics.get(history.identity(step), [])
+        if not rows:
+            continue
+        stage = step.settings["stage"]
+        tokens = sum(row["tokens_per_s"] * row["seconds"] for row in rows)
+        weights = matrix_weights(step.inputs["model"].artifact.uri)
+        flops = tokens * flops_per_token(weights, stage.learn)
+        if isinstance(stage, Rlvr):
+            drawn = sum(row.get("rollout_tokens", 0.0) for row in rows)
+            flops += 2 * drawn * sum(weights.values())
+        seconds = sum(row["seconds"] for row in rows)
+        found[step.artifact.uri] = Cost(tokens, flops, seconds)
+    return found
+
+
+def flops_per_token(weights: Mapping[str, int], learn: Learn) -> float:
+    trained = sum(number for role, number in weights.items() if getattr(learn, role))
+    return 4 * sum(weights.values()) + 2 * trained
+
+
+@lru_cache(maxsize=64)
+def matrix_weights(uri: str) -> dict[str, int]:
+    """Weights that a token is multiplied with, by role."""
+    from bar_ray.model import tensors
+
+    checkpoint = tensors.Checkpoint(storage.fetch(uri))
+    found: dict[str, int] = {}
+    for name in checkpoint.names:
+        role, shape = tensors.role_of(name), checkpoint.spec(name).shape
+        if role not in NO_MATRIX and len(shape) == 2:
+            found[role] = found.get(role, 0) + shape[0] * shape[1]
+    return found
+
+
+def bar_updates(arms: Arms, costs: Mapping[str, Cost]) -> list[Cost]:
+    """Of adding one domain after the other: its own stages and the router."""
+    router = costs.get(arms.bar.bar.artifact.uri, Cost())
+    updates = []
+    for stages in arms.bar.stages.values():
+        own = [costs.get(step.artifact.uri, Cost()) for step in stages.values()]
+        updates.append(sum(own, router))
+    return updates
+
+
+def retraining_updates(model: Step, num_domains: int, costs: Mapping[str, Cost]) -> list[Cost]:
+    """The same by training everything again: the n-th update repeats the n - 1 before it.
+
+    Modelled from one retraining on all domains, taken as equal parts.
+    """
+    steps = [s for s in topological([model]) if s.name.startswith(model.name)]
+    whole = sum((costs.get(step.artifact.uri, Cost()) for step in steps), Cost())
+    parts = [n / num_domains for n in range(1, num_domains + 1)]
+    return [Cost(whole.tokens * p, whole.flops * p, whole.seconds * p) for p in parts]
+
+
+def arms(arms: Arms) -> None:
+    arms.add("bar", arms.bar.bar)
+    arms.retrain("retrain with mid-training", with_midtrain=True)
+
+
+def measure(recipe: Recipe, by_seed: Mapping[int, Arms]) -> dict[str, Estimate]:
+    """Cumulative cost of 1 to n updates under BAR and under retraining, over the seeds."""
+    num_domains = len(recipe.experts)
+    curves: dict[str, list[list[float]]] = {}
+    for each in by_seed.values():
+        retrained = each.models["retrain with mid-training"]
+        steps = topological([each.bar.bar, retrained])
+        costs = cost_of(steps, history.read(recipe.storage, steps, ""))
+        kinds = {
+            "BAR": bar_updates(each, costs),
+            "retraining": retraining_updates(retrained, num_domains, costs),
+        }
+        for kind, updates in kinds.items():
+            for unit, size in UNITS.items():
+                curve = [value / size for value in accumulate(getattr(c, unit) for c in updates)]
+                curves.setdefault(f"{kind}, {NAMES[unit]}", []).append(curve)
+    return {
+        f"{name}, {count + 1} updates": exactly([curve[count] for curve in of_seeds])
+        for name, of_seeds in curves.items()
+        for count in range(num_domains)
+    }
+
+
+def exactly(values: Sequence[float]) -> Estimate:
+    """A quantity without test items: its interval is the range of the seeds."""
+    return Estimate(fmean(values), tuple(values), min(values), max(values))
