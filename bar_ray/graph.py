@@ -81,6 +81,17 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Published(Step):
+    """A step whose output is there, whatever made it: a version from the registry."""
+
+    known: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.known
+
+
+@dataclass(frozen=True)
 class Planned:
     """A step with the plan's decision and its reason."""
 

@@ -7,10 +7,11 @@ Nothing runs here: `build` says what depends on what, `cluster.run.execute` runs
 yet.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from bar_ray import registry, storage
-from bar_ray.graph import Step, topological
+from bar_ray.graph import Published, Step, topological
 from bar_ray.recipe import STAGES, Expert, Recipe, Stage
 from bar_ray.registry import Version
 from bar_ray.types import UserError
@@ -40,13 +41,7 @@ class Pipeline:
 def build(recipe: Recipe) -> Pipeline:
     """The build graph of a recipe."""
     graph = Builder(recipe)
-    base, pretrained = graph.dense()
-    branch = graph.step(
-        "branch",
-        "base",
-        {"router_std": recipe.base.router_std, "seed": recipe.seed},
-        {"post_trained": base, "pretrained": pretrained},
-    )
+    base, branch = graph.start()
     stages = {name: graph.adapt(name, expert, branch) for name, expert in recipe.experts.items()}
     merged = graph.merge(branch, {name: list(done.values())[-1] for name, done in stages.items()})
     bar = graph.route(merged)
@@ -60,15 +55,51 @@ def build(recipe: Recipe) -> Pipeline:
 
 
 def publish(graph: Pipeline, recipe: Recipe, scores: dict) -> None:
-    """Enter each finished expert in the registry, with its lineage and scores."""
-    for domain, expert in graph.experts.items():
-        lineage = tuple(f"{s.verb} {s.name} {s.fingerprint}" for s in topological([expert]))
-        model = f"{domain} {expert.verb}"
-        place = ("artifacts", expert.verb, expert.name, expert.fingerprint)
-        version = Version(
-            "/".join(place), expert.fingerprint, lineage, scores["models"].get(model, {})
-        )
-        registry.publish(recipe.storage, domain, version)
+    """Enter each finished expert and the model in the registry, with lineage and scores."""
+    models = scores["models"]
+    numbers = {
+        domain: publish_expert(recipe, domain, expert, models.get(f"{domain} {expert.verb}", {}))
+        for domain, expert in graph.experts.items()
+    }
+    publish_model(recipe, graph.bar, numbers, models.get("bar", {}))
+
+
+def publish_expert(recipe: Recipe, domain: str, expert: Step, scores: dict[str, float]) -> int:
+    return registry.publish(recipe.storage, domain, version_of(expert, scores)).version
+
+
+def publish_model(
+    recipe: Recipe, bar: Step, experts: Mapping[str, int], scores: Mapping[str, float]
+) -> int:
+    version = replace(version_of(bar, scores), experts=dict(experts))
+    return registry.publish(recipe.storage, registry.MODEL, version, registry.MODELS).version
+
+
+def version_of(step: Step, scores: Mapping[str, float]) -> Version:
+    place = "/".join(("artifacts", step.verb, step.name, step.fingerprint))
+    lineage = tuple(f"{s.verb} {s.name} {s.fingerprint}" for s in topological([step]))
+    return Version(place, step.fingerprint, lineage, scores)
+
+
+def published(recipe: Recipe, version: Version) -> Published:
+    """A version from the registry, as a step to go on from."""
+    _, verb, name, fingerprint = version.artifact.split("/")
+    step = Published(verb, name, {}, {}, {}, recipe.storage, fingerprint)
+    if storage.read_manifest(step.artifact.uri) is None:
+        raise UserError(f"{step.artifact.uri} is published, but no longer there")
+    return step
+
+
+def compose(recipe: Recipe, experts: Mapping[str, Version]) -> Pipeline:
+    """A model of published experts: what comes after them, and its scores."""
+    recipe = replace(recipe, experts={name: recipe.experts[name] for name in experts})
+    graph = Builder(recipe)
+    base, branch = graph.start()
+    steps = {name: published(recipe, version) for name, version in experts.items()}
+    merged = graph.merge(branch, steps)
+    bar = graph.route(merged)
+    stages = {name: {step.verb: step} for name, step in steps.items()}
+    return Pipeline(base, branch, stages, merged, bar, {"bar": graph.evaluate("bar", bar)})
 
 
 def evaluate_folder(recipe: Recipe, uri: str) -> Step:
@@ -101,6 +132,13 @@ class Builder:
     def step(self, verb: str, name: str, settings: object, inputs: dict, data=None) -> Step:
         place = name.replace(" ", "-")
         return Step(verb, place, settings, inputs, data or {}, self.recipe.storage)
+
+    def start(self) -> tuple[Step, Step]:
+        """The dense base, and the branch that every expert starts from."""
+        base, pretrained = self.dense()
+        settings = {"router_std": self.recipe.base.router_std, "seed": self.recipe.seed}
+        both = {"post_trained": base, "pretrained": pretrained}
+        return base, self.step("branch", "base", settings, both)
 
     def dense(self) -> tuple[Step, Step]:
         """The post-trained base and the pretrained one: imported, or trained in the small world.

@@ -1,4 +1,4 @@
-"""Published experts: one small JSON file per domain, newest version last.
+"""Published experts and models: one small JSON file for each, newest version last.
 
 A version says which artifact it is, what that was made from and how it scored. It is written once
 the expert has its scores, so that people and other runs find it. The file is replaced as a whole.
@@ -20,7 +20,7 @@ from bar_ray.types import UserError
 
 @dataclass(frozen=True)
 class Version:
-    """One published expert. `artifact` is relative to the storage root, so that storage can move.
+    """One published expert or model. `artifact` is relative to the storage root, which may move.
 
     `version` and `created` are given by `publish`.
     """
@@ -29,19 +29,24 @@ class Version:
     fingerprint: str
     lineage: tuple[str, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
+    experts: Mapping[str, int] = field(default_factory=dict)  # of a model: their versions, in order
     version: int = 0
     created: str = ""
 
 
-def _place(storage_uri: str, domain: str) -> str:
-    if not re.fullmatch(DOMAIN_NAME, domain):
-        raise UserError(f"{domain!r} cannot name a domain: use letters, digits, '_', '-' and '.'")
-    return storage.join(storage_uri, "experts", f"{domain}.json")
+EXPERTS, MODELS = "experts", "models"
+MODEL = "bar"  # the one model of a storage
 
 
-def versions(storage_uri: str, domain: str) -> list[Version]:
-    """Everything published for a domain, newest last."""
-    place = _place(storage_uri, domain)
+def _place(storage_uri: str, name: str, kind: str) -> str:
+    if not re.fullmatch(DOMAIN_NAME, name):
+        raise UserError(f"{name!r} cannot name a domain: use letters, digits, '_', '-' and '.'")
+    return storage.join(storage_uri, kind, f"{name}.json")
+
+
+def versions(storage_uri: str, name: str, kind: str = EXPERTS) -> list[Version]:
+    """Everything published for a domain (or a model), newest last."""
+    place = _place(storage_uri, name, kind)
     if not storage.exists(place):
         return []
     records: Any = storage.read_json(place)
@@ -53,17 +58,17 @@ def versions(storage_uri: str, domain: str) -> list[Version]:
         ) from error
 
 
-def latest(storage_uri: str, domain: str) -> Version | None:
+def latest(storage_uri: str, name: str, kind: str = EXPERTS) -> Version | None:
     """The version published last, None if there is none."""
-    return (versions(storage_uri, domain) or [None])[-1]
+    return (versions(storage_uri, name, kind) or [None])[-1]
 
 
-def publish(storage_uri: str, domain: str, version: Version) -> Version:
-    """Make `version` the newest of its domain and return it with its number.
+def publish(storage_uri: str, name: str, version: Version, kind: str = EXPERTS) -> Version:
+    """Make `version` the newest of its name and return it with its number.
 
     A fingerprint is published once: again, it keeps its number and takes the new scores.
     """
-    known = versions(storage_uri, domain)
+    known = versions(storage_uri, name, kind)
     same = next((v for v in known if v.fingerprint == version.fingerprint), None)
     if same:
         scores = {**same.scores, **version.scores}
@@ -74,7 +79,7 @@ def publish(storage_uri: str, domain: str, version: Version) -> Version:
         published = replace(version, version=number, created=now)
     after = [v for v in known if v is not same] + [published]
     if after != known:
-        storage.write_json(_place(storage_uri, domain), [asdict(v) for v in after])
+        storage.write_json(_place(storage_uri, name, kind), [asdict(v) for v in after])
     return published
 
 

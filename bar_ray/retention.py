@@ -87,8 +87,9 @@ def referenced(root: str, steps: Iterable[Step], keep: Keep, finished: set[str])
     wanted = {step.fingerprint for step in topological(steps)}
     for run in _runs(root)[-keep.runs :] if keep.runs else ():
         wanted |= {entry["fingerprint"] for entry in run.get("plan", ())}
-    for domain in registry.domains(root):
-        known = registry.versions(root, domain)
+    published = [registry.versions(root, domain) for domain in registry.domains(root)]
+    published.append(registry.versions(root, registry.MODEL, registry.MODELS))
+    for known in published:
         best = max(known, key=lambda v: v.scores.get("overall", 0.0), default=None)
         for version in (*known[-keep.versions :], best) if keep.versions else ():
             wanted |= {version.fingerprint} if version else set()

@@ -1,4 +1,4 @@
-"""Train one expert through its stages and score it.
+"""Train one expert through its stages, score it, and publish it for jobs/upgrade.py.
 
     python jobs/train_expert.py conf/tiny.yaml --expert math
 
@@ -23,8 +23,11 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.plan:
         return session.show_plan([expert, *scores])
     session.drive(recipe, [expert, *scores])
-    print(report.table(report.collect(graph.scores)))
-    print(f"expert  {expert.artifact.uri}")
+    found = report.collect(graph.scores)
+    print(report.table(found))
+    own = found["models"].get(f"{args.expert} {expert.verb}", {})
+    number = pipeline.publish_expert(recipe, args.expert, expert, own)
+    print(f"expert  version {number}: {expert.artifact.uri}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pyarrow.fs
 import pytest
 import torch
 
-from bar_ray import config, pipeline, storage
+from bar_ray import config, pipeline, registry, storage
 from bar_ray.data.mixture import Mixture
 from bar_ray.model.tensors import Checkpoint
 
@@ -157,6 +157,30 @@ def test_a_checkpoint_can_be_scored_alone(finished: tuple[str, str]) -> None:
     assert "0 to run" in run("evaluate", store, "--model", "code rlvr", "--plan", *TWO_EXPERTS)
     output = run("evaluate", store, "--checkpoint", storage.join(store, "model"), *TWO_EXPERTS)
     assert "2 to run, 1 reused" in output and "ran 2 steps" in output
+
+
+def test_an_expert_is_removed_and_comes_back(finished: tuple[str, str]) -> None:
+    store, _ = finished
+    first = registry.latest(store, registry.MODEL, registry.MODELS)
+    assert first.fingerprint == built(store, *TWO_EXPERTS).bar.fingerprint
+    assert first.experts == {"code": 1, "safety": 1}
+    before = manifests(store)
+    output = run("upgrade", store, "--remove", "safety", *TWO_EXPERTS)
+    assert "within noise" in output and "trained for this" in output and "version 2" in output
+    after = manifests(store)
+    added = {place.split("/")[-3] for place in after.keys() - before.keys()}
+    assert before.items() <= after.items(), "every other artifact keeps its bytes"
+    assert added <= {"merge", "sample", "tokenise", "route", "evaluate"}
+    second = registry.latest(store, registry.MODEL, registry.MODELS)
+    assert (second.version, second.experts) == (2, {"code": 1})
+    assert exported(store) == second.fingerprint
+    assert "0 to run" in run("upgrade", store, "--rollback", *TWO_EXPERTS)
+    assert registry.latest(store, registry.MODEL, registry.MODELS).version == first.version
+    assert exported(store) == first.fingerprint and manifests(store) == after
+
+
+def exported(store: str) -> str:
+    return storage.read_manifest(storage.join(store, "model")).info["fingerprint"]
 
 
 def manifests(store: str) -> dict[str, str]:

@@ -1,0 +1,179 @@
+"""Changing one expert of a finished model: replace it, add one, remove one, go back.
+
+A model is which version of which expert. A change reruns the merge, the router and the scores;
+every other expert stays as it is, byte for byte, and the model before stays in the registry.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from bar_ray import export, pipeline, registry
+from bar_ray.claims.joint import num_tokens
+from bar_ray.claims.table import OVERALL, Table
+from bar_ray.config import pick
+from bar_ray.graph import Step, topological
+from bar_ray.log import duration
+from bar_ray.pipeline import Pipeline
+from bar_ray.recipe import Recipe
+from bar_ray.registry import MODEL, MODELS, Version
+from bar_ray.report import collect, history
+from bar_ray.types import UserError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of `replace`, `add`, `remove`, `rollback`.
+
+    Args:
+        domain: of the expert, or empty for `rollback`.
+        version: of the expert (or of the model, for `rollback`); 0 is the newest (the one before).
+    """
+
+    kind: str
+    domain: str = ""
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """A change worked out: the versions of the experts before and after it."""
+
+    recipe: Recipe
+    before: Version
+    after: Mapping[str, Version]
+
+    @cached_property
+    def model(self) -> Pipeline:
+        return pipeline.compose(self.recipe, self.after)
+
+    @cached_property
+    def old_model(self) -> Pipeline:
+        return pipeline.compose(self.recipe, _versions(self.recipe, self.before))
+
+    @property
+    def targets(self) -> list[Step]:
+        """The old model's scores too, for the comparison; they are there already."""
+        return [self.model.scores["bar"], self.old_model.scores["bar"]]
+
+    @cached_property
+    def scores(self) -> Table:
+        """Of the models `before` and `after`, once they are there."""
+        models = {"before": self.old_model, "after": self.model}
+        return Table.read({self.recipe.seed: {n: m.scores["bar"] for n, m in models.items()}})
+
+    def publish(self) -> int:
+        """Enter the new model in the registry; returns its number."""
+        categories = (*self.scores.categories, OVERALL)
+        scores = {c: self.scores.score("after", c).mean for c in categories}
+        numbers = {domain: version.version for domain, version in self.after.items()}
+        return pipeline.publish_model(self.recipe, self.model.bar, numbers, scores)
+
+    def export(self) -> str:
+        """Put the new model at `<storage>/model/`; returns its folder."""
+        kept = replace(self.recipe, experts={n: self.recipe.experts[n] for n in self.after})
+        return export.export(self.model, kept, collect(self.model.scores))
+
+
+def work_out(recipe: Recipe, change: Change) -> Upgrade:
+    """What a change means for the model published last."""
+    known = registry.versions(recipe.storage, MODEL, MODELS)
+    if not known:
+        raise UserError(
+            f"{recipe.storage} has no published model to change: run jobs/train_all.py first"
+        )
+    current = known[-1]
+    if change.kind == "rollback":
+        earlier = _earlier(known, change.version)
+        return Upgrade(recipe, current, _versions(recipe, earlier))
+    experts = _versions(recipe, current)
+    _check(change, experts, recipe)
+    if change.kind == "remove":
+        del experts[change.domain]
+        return Upgrade(recipe, current, experts)
+    return Upgrade(recipe, current, {**experts, change.domain: _version(recipe, change)})
+
+
+def _check(change: Change, experts: Mapping[str, Version], recipe: Recipe) -> None:
+    if change.kind == "add":
+        pick("expert", change.domain, recipe.experts)
+        if change.domain in experts:
+            raise UserError(f"the model has an expert '{change.domain}' already: --replace it")
+        return
+    pick("expert", change.domain, experts)
+    if change.kind == "remove" and len(experts) == 1:
+        raise UserError(f"'{change.domain}' is the only expert of the model")
+
+
+def _version(recipe: Recipe, change: Change) -> Version:
+    known = {v.version: v for v in registry.versions(recipe.storage, change.domain)}
+    if not known:
+        raise UserError(
+            f"no version of '{change.domain}' is published: "
+            f"run jobs/train_expert.py with --expert {change.domain}"
+        )
+    return known[pick_number(f"version of '{change.domain}'", change.version, known)]
+
+
+def _earlier(known: list[Version], number: int) -> Version:
+    by_number = {version.version: version for version in known}
+    if number:
+        return by_number[pick_number("version of the model", number, by_number)]
+    if len(known) < 2:
+        raise UserError("the model has no earlier version to go back to")
+    return known[-2]
+
+
+def pick_number(what: str, number: int, known: Mapping[int, Version]) -> int:
+    """The number itself, the newest for 0, or an error that says which there are."""
+    number = number or max(known)
+    if number not in known:
+        raise UserError(f"no {what} has the number {number}; there are {sorted(known)}")
+    return number
+
+
+def _versions(recipe: Recipe, model: Version) -> dict[str, Version]:
+    """The published experts of a published model, in the order of its slots."""
+    found = {}
+    for domain, number in model.experts.items():
+        known = {v.version: v for v in registry.versions(recipe.storage, domain)}
+        if number not in known:
+            raise UserError(f"version {number} of '{domain}' is no longer in the registry")
+        found[domain] = known[number]
+        pick("expert", domain, recipe.experts)  # its SFT data is the router's
+    return found
+
+
+def table(upgrade: Upgrade) -> str:
+    """Scores before and after; what it cost, beside what training everything again would."""
+    lines = [f"{'':<12}{'before':>9}{'after':>9}   difference, 95 % over test items"]
+    scores = upgrade.scores
+    for category in (*scores.categories, OVERALL):
+        before, after = (scores.score(name, category).mean for name in ("before", "after"))
+        moved = scores.difference("after", "before", category)
+        noise = "" if moved.is_above or moved.is_below else "  within noise"
+        lines.append(f"{category:<12}{before:>9.1f}{after:>9.1f}   {moved}{noise}")
+    return "\n".join([*lines, cost(upgrade)])
+
+
+def cost(upgrade: Upgrade) -> str:
+    """Tokens and seconds of what the change trains, against all experts and the router."""
+    recipe = upgrade.recipe
+    whole = pipeline.build(recipe)
+    changed = [d for d, v in upgrade.after.items() if upgrade.before.experts.get(d) != v.version]
+    own = {d: [*whole.stages[d].values()] for d in whole.stages}
+    router = upgrade.model.bar
+    ours = [router, *(step for domain in changed for step in own[domain])]
+    theirs = [router, *(step for stages in own.values() for step in stages)]
+    past = history.read(recipe.storage, topological([*ours, *theirs]), "")
+
+    def of(steps: list[Step]) -> tuple[int, float]:
+        rows = [row for s in steps for row in past.metrics.get(history.identity(s), ())]
+        tokens = sum(num_tokens(step.settings["stage"]) for step in steps)
+        return tokens, sum(row["seconds"] for row in rows)
+
+    (tokens, seconds), (all_tokens, all_seconds) = of(ours), of(theirs)
+    return (
+        f"trained for this: {tokens / 1e6:,.1f} million tokens, {duration(seconds)} in steps; "
+        f"everything again: {all_tokens / 1e6:,.1f} million, {duration(all_seconds)}"
+    )
