@@ -2,18 +2,18 @@
 
     python jobs/reproduce.py conf/reproduce.yaml
     python jobs/reproduce.py conf/reproduce.yaml --plan reproduce.claims=[2,9]
-    python jobs/reproduce.py conf/reproduce.yaml --docs docs/claims.md
+    python jobs/reproduce.py conf/reproduce.yaml --docs docs
 
 The same command again continues where it stopped; with one arm changed, only that arm runs.
-Verdicts and figures go to <storage>/report/claims.json and claims.md.
+Verdicts, figures and pictures go to <storage>/report/claims.json, claims.md and claims/.
 """
 
 import argparse
 import shlex
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+from bar_ray import storage
 from bar_ray.claims import report
 from bar_ray.claims.claims import Evidence
 from bar_ray.claims.table import Table
@@ -33,12 +33,13 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     session.drive(recipe, targets)
     table = Table.read({seed: each.scores for seed, each in arms.items()})
     found = report.judge(Evidence(table, recipe, arms), claims)
-    page = report.write(recipe, found, f"python {shlex.join(sys.argv)}")
+    folder = report.write(recipe, found, f"python {shlex.join(sys.argv)}")
     if args.docs:
-        Path(args.docs).write_text(page)
-    print(page)
+        report.copy(folder, args.docs)
+    print(report.summary(found))
+    print(f"report  {storage.join(folder, 'claims.md')}")
 
 
 if __name__ == "__main__":
-    cli = Cli(__doc__).add("--docs", default="", help="also write the page to this file")
+    cli = Cli(__doc__).add("--docs", default="", help="also put the page and its pictures here")
     cli.run(main)

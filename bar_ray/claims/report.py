@@ -6,15 +6,19 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from bar_ray import storage
+from bar_ray.claims import plots
 from bar_ray.claims.arms import Arms
 from bar_ray.claims.claims import CLAIMS, PAPER, Claim, Evidence, Finding
 from bar_ray.claims.table import OVERALL, Estimate
 from bar_ray.config import nearest
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
+
+PICTURES = "claims"  # folder beside the page
 
 
 def chosen(recipe: Recipe) -> list[Claim]:
@@ -62,17 +66,35 @@ def _entry(claim: Claim, finding: Finding) -> dict[str, Any]:
 
 
 def write(recipe: Recipe, found: dict[str, Any], command: str) -> str:
-    """Put claims.json and claims.md into the storage's report; returns the Markdown."""
+    """Put claims.json, claims.md and its pictures into the storage's report; returns its folder."""
     folder = storage.join(recipe.storage, "report")
-    text = json.dumps({"command": command, **found}, indent=1) + "\n"
-    storage.write_bytes(storage.join(folder, "claims.json"), text.encode())
-    page = markdown({"command": command, **found})
-    storage.write_bytes(storage.join(folder, "claims.md"), page.encode())
-    return page
+    found = {"command": command, **found}
+    drawn = plots.draw(found)
+    page = markdown(found, list(drawn))
+    files = {f"{PICTURES}/{name}": content for name, content in drawn.items()}
+    files |= {"claims.md": page.encode(), "claims.json": json.dumps(found, indent=1).encode()}
+    for name, content in files.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    return folder
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """The page, from nothing but the content of claims.json."""
+def copy(folder: str, target: str) -> None:
+    """The page and its pictures into a folder of this machine."""
+    pictures = storage.list_files(storage.join(folder, PICTURES))
+    names = [f"{PICTURES}/{uri.partition('?')[0].rpartition('/')[2]}" for uri in pictures]
+    for name in ("claims.md", *names):
+        place = Path(target, name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(storage.read_bytes(storage.join(folder, name)))
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """One line a claim."""
+    return "\n".join(f"{c['number']:>3}  {c['verdict']:<14}  {c['claim']}" for c in found["claims"])
+
+
+def markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The page, from nothing but the content of claims.json, with links to its pictures."""
     seeds = ", ".join(map(str, found["seeds"]))
     lines = [
         "# The claims of the paper, measured",
@@ -92,9 +114,13 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines += ["", f"## {claim['number']}. {claim['claim']}", ""]
         lines += [f"Published: {claim['published']} ({claim['source']}).", ""]
         lines += [f"**{claim['verdict']}**: {claim['why']}.", ""]
+        mine = [name for name in pictures if name.startswith(f"{claim['number']}-")]
+        lines += [f"![{claim['claim']}]({PICTURES}/{name})\n" for name in mine]
         lines += ["| | measured | 95 % | by seed |", "|---|---|---|---|"]
         lines += [_row(name, each) for name, each in claim["measured"].items()]
-    lines += ["", "## All scores", "", *_scores(found["scores"])]
+    lines += ["", "## All scores", ""]
+    lines += [f"![scores]({PICTURES}/{plots.MATRIX})\n"] if plots.MATRIX in pictures else []
+    lines += [*_scores(found["scores"])]
     return "\n".join(lines) + "\n"
 
 
