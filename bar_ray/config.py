@@ -29,6 +29,7 @@ GRPO_CHOICES = {
     "kl_estimator": ("k1", "k2", "k3"),
 }
 MERGE_RULES = ("mean", "one", "sum", "ties", "fisher")
+SPACES = ("choice", "uniform", "loguniform")
 DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
 
 
@@ -170,6 +171,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name, expert in recipe.experts.items():
         yield from _expert_problems(f"experts.{name}", expert, recipe)
     yield from _merge_problems(recipe)
+    yield from _sweep_problems(recipe)
     yield from _router_problems(recipe)
     yield from _positive("evaluate", recipe.evaluate, ("max_tokens", "num_engines"))
     if not recipe.evaluate.categories:
@@ -320,6 +322,19 @@ def _merge_problems(recipe: Recipe) -> Iterator[str]:
     if merge.rule == "fisher":
         for name in [name for name, expert in recipe.experts.items() if expert.sft is None]:
             yield f"merge.rule=fisher: experts.{name} has no `sft` whose data could be asked"
+
+
+def _sweep_problems(recipe: Recipe) -> Iterator[str]:
+    yield from _positive("sweep", recipe.sweep, ("trials", "concurrent"))
+    if recipe.sweep.reduction < 2:
+        yield f"sweep.reduction is {recipe.sweep.reduction}; it must be at least 2"
+    for key, how in recipe.sweep.space.items():
+        if len(how) != 1:
+            yield f"sweep.space.{key}: give one of {', '.join(SPACES)} with its values"
+        for kind, values in how.items():
+            yield from _choice(f"sweep.space.{key}", kind, SPACES)
+            if kind != "choice" and not (len(values) == 2 and values[0] < values[1]):
+                yield f"sweep.space.{key}.{kind} must be [low, high], not {values}"
 
 
 def _choice(key: str, value: str, valid: Sequence[str]) -> Iterator[str]:

@@ -302,6 +302,19 @@ class Reproduce:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Trials of `jobs/sweep.py`: the recipe with other settings."""
+
+    trials: int = how(12, "how many are drawn")
+    concurrent: int = how(2, "how many are at work at once")
+    reduction: int = how(3, "one in so many goes on after each judgement")
+    seed: int = how(0, "of the draws")
+    space: dict[str, dict[str, list[Any]]] = how(
+        dict, "setting -> {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}"
+    )
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """Where model-written programs run."""
 
@@ -342,6 +355,7 @@ class Recipe:
     router: Router = what(Router, "router training")
     baselines: Baselines = what(Baselines, "what BAR is compared with (jobs/reproduce.py)")
     reproduce: Reproduce = how(Reproduce, "which claims are tested, and with what")
+    sweep: Sweep = how(Sweep, "trials of jobs/sweep.py")
     evaluate: Evaluate = what(Evaluate, "evaluation")
     sandbox: Sandbox = how(Sandbox, "running model-written programs")
     cluster: Cluster = how(Cluster, "the Ray cluster")

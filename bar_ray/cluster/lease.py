@@ -34,6 +34,10 @@ SAY = functools.partial(print, flush=True)
 Record = dict[str, Any]
 
 
+class Busy(UserError):
+    """Another driver is at work on the same steps."""
+
+
 class LeaseLost(UserError):
     """Another driver took over while this one could not renew."""
 
@@ -64,7 +68,7 @@ class Lease:
 
     @contextlib.contextmanager
     def taken(self, say: Callable[[str], None] = SAY) -> Iterator["Lease"]:
-        """Take the lease, keep it renewed, give it back; UserError when another driver has it."""
+        """Take the lease, keep it renewed, give it back; Busy when another driver has it."""
         self._write()
         renewing = threading.Thread(target=self._renew, daemon=True, name="lease")
         try:
@@ -101,7 +105,7 @@ class Lease:
                 if is_gone or (not is_alive and now - since > GONE_AFTER * self.ttl_s):
                     self._take_over(rival, say)
                 elif is_alive and (rival["held"] or name < self.record["run_id"]):
-                    raise UserError(self._refusal(rival))
+                    raise Busy(self._refusal(rival))
             time.sleep(POLL_S)
         self._write(held=True)
 

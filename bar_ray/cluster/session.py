@@ -1,5 +1,6 @@
 """From a recipe to a finished run: plan, connect, execute, and leave the cluster as it was."""
 
+import contextlib
 import os
 import platform
 import secrets
@@ -7,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -54,7 +55,7 @@ def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
     planned = plan(targets)
     print(render_plan(planned), flush=True)
     storage.check_writable(recipe.storage)
-    run_id = time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4]
+    run_id = new_run_id()
     todo = [p.step for p in planned if not p.reused]
     if not todo:
         _describe(recipe, run_id, planned)
@@ -62,13 +63,25 @@ def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
     started = time.monotonic()
     with Lease(recipe.storage, run_id, todo).taken() as lease:
         _describe(recipe, run_id, planned)
-        _connect(recipe)
-        # `ray job stop` sends it. Only now: connecting puts Ray's own handlers in its place.
-        signal.signal(signal.SIGTERM, _interrupt)
-        _refuse_what_cannot_fit(recipe, todo)
-        _execute(recipe, run_id, planned, lease)
+        with connected(recipe):
+            _refuse_what_cannot_fit(recipe, todo)
+            _execute(recipe, run_id, planned, lease)
     print(f"ran {len(todo)} steps in {duration(time.monotonic() - started)}", flush=True)
     return run_id
+
+
+def run_here(recipe: Recipe, targets: Sequence[Step]) -> None:
+    """The same in a process that is on the cluster already; Busy when another one is at work."""
+    run_id, todo = new_run_id(), [p.step for p in plan(targets) if not p.reused]
+    if todo:
+        with Lease(recipe.storage, run_id, todo).taken() as lease:
+            planned = plan(targets)
+            _describe(recipe, run_id, planned)
+            _execute(recipe, run_id, planned, lease)
+
+
+def new_run_id() -> str:
+    return time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4]
 
 
 def _describe(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:
@@ -90,11 +103,28 @@ def _describe(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:
     storage.write_json(storage.join(recipe.storage, "runs", run_id, "run.json"), described)
 
 
-def _connect(recipe: Recipe) -> None:
+@contextlib.contextmanager
+def connected(recipe: Recipe) -> Iterator[None]:
+    """On the recipe's Ray cluster, or on one that is started on this machine for the time being."""
     os.environ.update({k: os.environ.get(k, v) for k, v in RAY_ENVIRONMENT.items()})
     import ray
     import ray.data
 
+    _connect(recipe, ray)
+    try:
+        # `ray job stop` sends it. Only now: connecting puts Ray's own handlers in its place.
+        signal.signal(signal.SIGTERM, _interrupt)
+        _protect_token()
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        url = ray.get_runtime_context().gcs_address
+        total = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
+        print(f"ray {ray.__version__} at {url} with {total}", flush=True)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(recipe: Recipe, ray: Any) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     address = _address(recipe)
     if _is_local(recipe):
@@ -105,16 +135,11 @@ def _connect(recipe: Recipe) -> None:
             include_dashboard=True,
             **quiet,
         )
-    else:
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at {address} (cluster.address)") from error
-    _protect_token()
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    url = ray.get_runtime_context().gcs_address
-    total = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU")}
-    print(f"ray {ray.__version__} at {url} with {total}", flush=True)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster answers at {address} (cluster.address)") from error
 
 
 def _is_local(recipe: Recipe) -> bool:
@@ -155,8 +180,6 @@ def _protect_token() -> None:
 
 
 def _execute(recipe: Recipe, run_id: str, planned: list[Planned], lease: Lease) -> None:
-    import ray
-
     from bar_ray.cluster.run import Run, execute
 
     run = Run.start(recipe, run_id)
@@ -164,7 +187,6 @@ def _execute(recipe: Recipe, run_id: str, planned: list[Planned], lease: Lease) 
         execute(planned, run, lease)
     finally:
         _close(run)
-        ray.shutdown()
 
 
 def _close(run: Any) -> None:
