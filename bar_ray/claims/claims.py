@@ -341,12 +341,12 @@ def router_arms(arms: Arms) -> None:
         arms.with_router("router, all SFT sources", data={})
         arms.with_router("router, all of all SFT sources", data={}, fraction=1.0)
     if settings.rare:
-        few_rows = {name: recipe.datasets[few] for name, few in settings.rare.items()}
-        datasets = {**recipe.datasets, **few_rows}
-        fraction = min(settings.fractions)
+        sources, _ = arms.router_data()
+        data = {settings.rare.get(name, name): share for name, share in sources.items()}
+        few = min(settings.fractions)
         for name, stratified in (("stratified", True), ("at random", False)):
-            sampled = replace(router, fraction=fraction, stratified=stratified)
-            arms.variant(f"router, rare source {name}", datasets=datasets, router=sampled)
+            changed = {"data": data, "fraction": few, "stratified": stratified}
+            arms.with_router(f"router, rare source {name}", **changed)
 
 
 def routing(found: Evidence) -> Finding:
