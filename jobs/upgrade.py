@@ -4,7 +4,7 @@
     python jobs/upgrade.py conf/tiny.yaml --replace code=1
     python jobs/upgrade.py conf/tiny.yaml --add safety
     python jobs/upgrade.py conf/tiny.yaml --remove safety
-    python jobs/upgrade.py conf/tiny.yaml --rollback           # or --rollback 3
+    python jobs/upgrade.py conf/tiny.yaml --rollback           # or --rollback --to 3
 
 Experts are published by jobs/train_all.py and jobs/train_expert.py. The merge and the router are
 made again, all experts stay as they are; the model before stays in the registry.
@@ -28,7 +28,7 @@ def change_of(args: argparse.Namespace) -> Change:
             if version and not version.isdigit():
                 raise UserError(f"--{kind} {expert}: a version is a number, such as {domain}=2")
             return Change(kind, domain, int(version or 0))
-    return Change("rollback", version=args.rollback)
+    return Change("rollback", version=args.to)
 
 
 def main(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -46,5 +46,5 @@ if __name__ == "__main__":
     change = cli.parser.add_mutually_exclusive_group(required=True)
     for name in ("--replace", "--add", "--remove"):
         change.add_argument(name, metavar="EXPERT[=VERSION]")
-    change.add_argument("--rollback", type=int, nargs="?", const=0, metavar="VERSION")
-    cli.run(main)
+    change.add_argument("--rollback", action="store_true", help="to the model before this one")
+    cli.add("--to", type=int, default=0, help="with --rollback: to this version").run(main)
