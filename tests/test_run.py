@@ -1,0 +1,68 @@
+"""Which steps of a plan are run together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bar_ray.cluster.run import Executor
+from bar_ray.graph import Step, key
+from bar_ray.recipe import Evaluate
+
+
+def evaluation(number: int, settings: Evaluate, root: Path) -> Step:
+    model = Step("route", "bar", {"number": number}, {}, {}, str(root))
+    tests = {"math": ("tiny:math/test.jsonl", "content")}
+    return Step("evaluate", f"model-{number}", settings, {"model": model}, tests, str(root))
+
+
+@pytest.fixture
+def executor() -> Executor:
+    """One whose pool, journal and cluster are not asked."""
+    made = Executor.__new__(Executor)
+    made.todo, made.alone = {}, set()
+    return made
+
+
+def begun(executor: Executor, ready: list[Step], allowed: list[Step]) -> list[list[Step]]:
+    """What the pool's leave for `allowed` starts, group by group."""
+    executor.todo |= {key(step): step for step in ready}
+    groups = []
+    for step in allowed:
+        if key(step) in executor.todo:
+            groups.append(executor._together(step, ready, allowed))
+            for each in groups[-1]:
+                del executor.todo[key(each)]
+    return groups
+
+
+def test_evaluations_share_engines_evenly(executor: Executor, tmp_path: Path) -> None:
+    ready = [evaluation(n, Evaluate(), tmp_path) for n in range(7)]
+    groups = begun(executor, ready, ready[:2])
+    assert [len(group) for group in groups] == [4, 3] and not executor.todo
+    assert groups[0][0] is ready[0] and groups[1][0] is ready[1]
+
+
+def test_a_group_has_a_size(executor: Executor, tmp_path: Path) -> None:
+    ready = [evaluation(n, Evaluate(), tmp_path) for n in range(30)]
+    [group] = begun(executor, ready, ready[:1])
+    assert len(group) == 8 and len(executor.todo) == 22
+
+
+def test_only_equal_questions_share_an_engine(executor: Executor, tmp_path: Path) -> None:
+    short = Evaluate(max_tokens=8)
+    ready = [evaluation(n, Evaluate() if n % 2 else short, tmp_path) for n in range(6)]
+    groups = begun(executor, ready, ready[:1])
+    assert groups == [[ready[0], ready[2], ready[4]]]
+
+
+def test_what_failed_together_is_tried_alone(executor: Executor, tmp_path: Path) -> None:
+    ready = [evaluation(n, Evaluate(), tmp_path) for n in range(4)]
+    executor.alone = {key(ready[0]), key(ready[1])}
+    groups = begun(executor, ready, ready[:3])
+    assert groups == [[ready[0]], [ready[1]], [ready[2], ready[3]]]
+
+
+def test_other_steps_have_a_process_each(executor: Executor, tmp_path: Path) -> None:
+    ready = [replace(evaluation(n, Evaluate(), tmp_path), verb="merge") for n in range(3)]
+    assert begun(executor, ready, ready[:1]) == [[ready[0]]]
