@@ -49,6 +49,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def raw(path: str) -> str:
+    """A recipe's file with all it extends and includes, before any override, as YAML."""
+    return yaml.safe_dump(_read_recipe(Path(path)))
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load` accepts."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
@@ -114,15 +119,16 @@ def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
 
 def _drop_experts(merged: Any) -> None:
     """`experts.code=null` leaves an expert out."""
-    for name in [name for name, expert in merged.experts.items() if expert is None]:
-        del merged.experts[name]
+    for experts in (merged.experts, (merged.get("reproduce") or {}).get("older") or {}):
+        for name in [name for name, expert in experts.items() if expert is None]:
+            del experts[name]
 
 
 def _apply_stage_defaults(merged: Any) -> None:
     """`stages.sft` is where every expert's `sft` starts from."""
     defaults = merged.get("stages") or {}
     older = (merged.get("reproduce") or {}).get("older") or {}
-    for expert in (*merged.experts.values(), *older.values()):
+    for expert in (*merged.experts.values(), *(each for each in older.values() if each)):
         for stage in STAGES:
             if expert.get(stage) is not None and defaults.get(stage) is not None:
                 expert[stage] = OmegaConf.merge(defaults[stage], expert[stage])
@@ -171,6 +177,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for name, expert in recipe.experts.items():
         yield from _expert_problems(f"experts.{name}", expert, recipe)
     yield from _merge_problems(recipe)
+    yield from _reproduce_problems(recipe)
     yield from _sweep_problems(recipe)
     yield from _router_problems(recipe)
     yield from _positive("evaluate", recipe.evaluate, ("max_tokens", "num_engines"))
@@ -191,9 +198,9 @@ def _at_most(key: str, section: Any, low: str, high: str) -> Iterator[str]:
 
 
 def _expert_problems(key: str, expert: Expert, recipe: Recipe) -> Iterator[str]:
-    name = key.removeprefix("experts.")
+    name = key.removeprefix("reproduce.older.").removeprefix("experts.")
     if not re.fullmatch(DOMAIN_NAME, name):
-        yield f"experts.{name}: a name may hold letters, digits, '_', '-' and '.'"
+        yield f"{key}: a name may hold letters, digits, '_', '-' and '.'"
     stages = {name: getattr(expert, name) for name in STAGES}
     yield from _positive(key, expert, ("weight",))
     if not any(stages.values()):
@@ -322,6 +329,37 @@ def _merge_problems(recipe: Recipe) -> Iterator[str]:
     if merge.rule == "fisher":
         for name in [name for name, expert in recipe.experts.items() if expert.sft is None]:
             yield f"merge.rule=fisher: experts.{name} has no `sft` whose data could be asked"
+
+
+def _reproduce_problems(recipe: Recipe) -> Iterator[str]:
+    found, sources = recipe.reproduce, [*recipe.datasets]
+    for name in ("seeds", "fractions"):
+        if not getattr(found, name):
+            yield f"reproduce.{name} is empty; give at least one"
+    for fraction in found.fractions:
+        if not 0 < fraction <= 1:
+            yield f"reproduce.fractions: {fraction} must be above 0 and at most 1"
+    for share in found.shares:
+        if not 0 <= share < 1:
+            yield f"reproduce.shares: {share} must be from 0 to below 1"
+    for steps in found.router_steps:
+        if steps <= 0:
+            yield f"reproduce.router_steps: {steps} must be above 0"
+    for key, names, known in (
+        ("reproduce.mixed", found.mixed, [*recipe.experts]),
+        ("reproduce.older", [*found.older], [*recipe.experts]),
+        ("reproduce.rare", [*found.rare.values()], sources),
+        (
+            "baselines.btx_shared",
+            [n for n in [recipe.baselines.btx_shared] if n],
+            [*recipe.experts],
+        ),
+    ):
+        for name in names:
+            if name not in known:
+                yield f"{key}: no '{name}' in this recipe; {nearest(name, known)}"
+    for name, expert in found.older.items():
+        yield from _expert_problems(f"reproduce.older.{name}", expert, recipe)
 
 
 def _sweep_problems(recipe: Recipe) -> Iterator[str]:

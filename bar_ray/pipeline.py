@@ -10,9 +10,9 @@ yet.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bar_ray import registry, storage
+from bar_ray import config, registry, storage
 from bar_ray.graph import Published, Step, topological
-from bar_ray.recipe import STAGES, Expert, Recipe, Stage
+from bar_ray.recipe import STAGES, Baselines, Expert, Recipe, Reproduce, Stage, Sweep
 from bar_ray.registry import Version
 from bar_ray.types import UserError
 
@@ -77,8 +77,23 @@ def publish_model(
 
 def version_of(step: Step, scores: Mapping[str, float]) -> Version:
     place = "/".join(("artifacts", step.verb, step.name, step.fingerprint))
-    lineage = tuple(f"{s.verb} {s.name} {s.fingerprint}" for s in topological([step]))
-    return Version(place, step.fingerprint, lineage, scores)
+    return Version(place, step.fingerprint, tuple(map(line_of, topological([step]))), scores)
+
+
+def line_of(step: Step) -> str:
+    """A step in a lineage."""
+    return f"{step.verb} {step.name} {step.fingerprint}"
+
+
+def _own_stages(recipe: Recipe, domain: str, version: Version) -> dict[str, Step]:
+    """What a published expert went through."""
+    steps = [_recorded(recipe, line) for line in version.lineage]
+    return {s.verb: s for s in steps if s.verb in STAGES and s.name == domain}
+
+
+def _recorded(recipe: Recipe, line: str) -> Published:
+    verb, name, fingerprint = line.split()
+    return Published(verb, name, {}, {}, {}, recipe.storage, fingerprint)
 
 
 def published(recipe: Recipe, version: Version) -> Published:
@@ -90,15 +105,65 @@ def published(recipe: Recipe, version: Version) -> Published:
     return step
 
 
+def with_experts(recipe: Recipe, experts: Mapping[str, Expert]) -> Recipe:
+    """The recipe with other experts, and a router that learns from their data.
+
+    Sources that belonged to experts no longer there go; an expert none of whose sources is left
+    brings all of them. Without `router.data` the sources are those of the experts anyway.
+    """
+    router = recipe.router
+    if router.data:
+        before, after = _sources(recipe.experts), _sources(experts)
+        gone = set().union(*before.values()) - set().union(*after.values())
+        data = {name: share for name, share in router.data.items() if name not in gone}
+        common = set.intersection(*after.values()) if len(after) > 1 else set()
+        for sources in after.values():
+            if not (sources - common) & data.keys():
+                data |= dict.fromkeys(sorted(sources - common), 1.0)
+        router = replace(router, data=data)
+    changed = replace(recipe, experts=dict(experts), router=router)
+    check_model(changed)
+    return changed
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuse a recipe made of another one when its model cannot be."""
+    config.check(replace(recipe, reproduce=Reproduce(), baselines=Baselines(), sweep=Sweep()))
+
+
+def _sources(experts: Mapping[str, Expert]) -> dict[str, set[str]]:
+    """The SFT sources of each expert that has any."""
+    return {name: set(expert.sft.data) for name, expert in experts.items() if expert.sft}
+
+
 def compose(recipe: Recipe, experts: Mapping[str, Version]) -> Pipeline:
-    """A model of published experts: what comes after them, and its scores."""
-    recipe = replace(recipe, experts={name: recipe.experts[name] for name in experts})
+    """A model of published experts of one base: what comes after them, and its scores."""
+    recipe = with_experts(recipe, {name: recipe.experts[name] for name in experts})
     graph = Builder(recipe)
     base, branch = graph.start()
+    for name, version in experts.items():
+        if line_of(branch) not in version.lineage:
+            raise UserError(
+                f"version {version.version} of '{name}' was trained from another base than this "
+                "recipe's (base, tiny or seed differ), so it cannot be merged with the others"
+            )
     steps = {name: published(recipe, version) for name, version in experts.items()}
     merged = graph.merge(branch, steps)
     bar = graph.route(merged)
-    stages = {name: {step.verb: step} for name, step in steps.items()}
+    stages = {name: _own_stages(recipe, name, version) for name, version in experts.items()}
+    return Pipeline(base, branch, stages, merged, bar, {"bar": graph.evaluate("bar", bar)})
+
+
+def as_published(recipe: Recipe, model: Version, experts: Mapping[str, Version]) -> Pipeline:
+    """A published model as it was made, whatever the recipe says today."""
+    graph = Builder(recipe)
+    graph.dense()
+    bar = published(recipe, model)
+    base, branch, merged = (
+        next(_recorded(recipe, line) for line in model.lineage if line.startswith(beginning))
+        for beginning in (("train base ", "import post_trained "), "branch ", "merge ")
+    )
+    stages = {name: _own_stages(recipe, name, version) for name, version in experts.items()}
     return Pipeline(base, branch, stages, merged, bar, {"bar": graph.evaluate("bar", bar)})
 
 
@@ -234,9 +299,9 @@ class Builder:
         )
         data, inputs = self._many({name: self.recipe.datasets[name] for name in sources})
         settings = {"fraction": router.fraction, "seed": self.recipe.seed}
-        settings["stratified"] = router.stratified
+        settings |= {"stratified": router.stratified, "natural": router.natural}
         sample = self.step("sample", "router", settings, inputs, data)
-        if not router.stratified:
+        if router.natural:
             return {"all": 1.0}, {"data:all": self.tokenise_sample("all", sample)}
         tokens = {f"data:{name}": self.tokenise_sample(name, sample) for name in sources}
         return {name: router.data.get(name, 1.0) for name in sources}, tokens

@@ -199,6 +199,7 @@ class Router(Stage):
 
     fraction: float = what(0.05, "share of every SFT source that is sampled")
     stratified: bool = what(True, "sample each source by itself; False: all as one, at random")
+    natural: bool = what(False, "mix the sampled rows as they are, not by the shares of `data`")
     top_k: int = what(0, "experts active per token; 0 is all of them")
     learn: Learn = what(lambda: Learn(anchor=0.0, router=1.0), "only `router` may learn")
 

@@ -6,24 +6,30 @@ experts' own categories, and last by the routed model's overall score. After the
 (Li et al. 2020) stops those that are behind.
 """
 
+import hashlib
 import io
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from bar_ray import config, pipeline, storage
 from bar_ray.cluster import session
 from bar_ray.cluster.lease import Busy
+from bar_ray.cluster.sharing import PoolClient
 from bar_ray.graph import Step, topological
 from bar_ray.pipeline import Pipeline
-from bar_ray.recipe import Recipe, Sweep
+from bar_ray.recipe import Recipe, Sweep, meaning
 from bar_ray.report import collect
 from bar_ray.types import UserError
 
@@ -44,15 +50,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a recipe is read from: a trial is the same file with more overrides."""
+    """What a recipe is read from: a trial is the same text with more overrides.
 
-    path: str
+    `text` is the whole recipe file with what it extends, as trials may run where no file of the
+    driver's machine is; `overrides` hold the absolute storage.
+    """
+
+    text: str
     overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, path: str, overrides: Sequence[str], recipe: Recipe) -> "Source":
+        return cls(config.raw(path), (*overrides, f"storage={recipe.storage}"))
 
     def recipe(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with a trial's settings."""
         chosen = [f"{key}={value}" for key, value in settings.items()]
-        return session.absolute_storage(config.load(self.path, [*self.overrides, *chosen]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "recipe.yaml")
+            path.write_text(self.text)
+            return config.load(str(path), [*self.overrides, *chosen])
 
 
 def space(sweep: Sweep) -> dict[str, Any]:
@@ -85,14 +102,19 @@ def rungs(graph: Pipeline, recipe: Recipe) -> Iterator[dict[str, Step]]:
 
 
 def trial(settings: dict[str, Any], source: Source) -> None:
-    """One trial, as Ray Tune runs it."""
+    """One trial, as Ray Tune runs it.
+
+    `budget` is the time that ASHA sees: its cuts lie a factor of `reduction` apart, ours one
+    judgement.
+    """
     recipe = source.recipe(settings)
     graph = pipeline.build(recipe)
     for number, judged in enumerate(rungs(graph, recipe)):
         run_when_free(recipe, list(judged.values()))
         scores = collect(judged)["models"]
         score = fmean(scores[name][name] for name in judged)
-        tune.report({"score": score, "rung": number + 1})
+        budget = recipe.sweep.reduction**number
+        tune.report({"score": score, "rung": number + 1, "budget": budget})
 
 
 def run_when_free(recipe: Recipe, targets: Sequence[Step]) -> None:
@@ -113,12 +135,24 @@ def prepare(recipe: Recipe) -> list[Step]:
     return [step for step in topological(graph.targets) if step.verb in COMMON]
 
 
+def folder_of(source: Source, sweep: Sweep, recipe: Recipe, name: str) -> str:
+    """Where a sweep's results go; another one when anything that decides them has changed."""
+    described = [source.recipe({}), sweep.space, sweep.trials, sweep.reduction, sweep.seed]
+    evaluated = [step.fingerprint for step in pipeline.build(recipe).targets]
+    text = json.dumps([meaning(described[0]), *described[1:], evaluated], default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return storage.join(recipe.storage, "sweeps", f"{name}-{digest}")
+
+
 def run(source: Source, sweep: Sweep, root: str) -> list[Trial]:
     """All trials, the best first; continues where an earlier run of the same sweep ended."""
     filesystem, path = storage.resolve(root)
-    trainable = tune.with_resources(
-        tune.with_parameters(trial, source=source), tune.PlacementGroupFactory([{"CPU": 0.0}])
-    )
+    here = f"node:{ray.util.get_node_ip_address()}"  # trials direct others: never on a spot node
+    bundle = tune.PlacementGroupFactory([{"CPU": 0.0, here: 0.001}])
+    trainable = tune.with_resources(tune.with_parameters(trial, source=source), bundle)
+    parent, _, name = path.rpartition("/")
+    # One pool for all trials: it ends with the process that asked for it first.
+    PoolClient(create=True).ask("view")
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
         tuner = tune.Tuner.restore(
             path,
@@ -128,7 +162,6 @@ def run(source: Source, sweep: Sweep, root: str) -> list[Trial]:
             restart_errored=True,
         )
     else:
-        parent, _, name = path.rpartition("/")
         tuner = tune.Tuner(
             trainable,
             param_space=space(sweep),
@@ -136,10 +169,12 @@ def run(source: Source, sweep: Sweep, root: str) -> list[Trial]:
                 metric="score",
                 mode="max",
                 num_samples=sweep.trials,
-                max_concurrent_trials=sweep.concurrent,
+                search_alg=BasicVariantGenerator(
+                    random_state=sweep.seed, max_concurrent=sweep.concurrent
+                ),
                 scheduler=ASHAScheduler(
-                    time_attr="rung",
-                    max_t=len(RUNGS),
+                    time_attr="budget",
+                    max_t=sweep.reduction ** (len(RUNGS) - 1),
                     grace_period=1,
                     reduction_factor=sweep.reduction,
                 ),
@@ -158,6 +193,8 @@ def run(source: Source, sweep: Sweep, root: str) -> list[Trial]:
         )
         for result in results
     ]
+    if not any(each.rung for each in trials):
+        raise UserError(f"every trial failed, the first with: {trials[0].error}")
     return sorted(trials, key=lambda each: (-each.rung, -each.score))
 
 
@@ -207,12 +244,13 @@ def picture(trials: Sequence[Trial]) -> bytes:
     return file.getvalue()
 
 
-def _scaled(values: Sequence[float]) -> tuple[list[float], dict[float, str]]:
+def _scaled(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
     """Values on 0 to 1, and what to write at which height; few distinct ones are set evenly."""
-    known = sorted(set(values))
-    if len(known) <= 5:
+    named = any(isinstance(value, str | bool) for value in values)
+    known = sorted(set(values), key=str if named else float)
+    if named or len(known) <= 5:
         place = {v: n / max(1, len(known) - 1) for n, v in enumerate(known)}
-        return [place[v] for v in values], {place[v]: f"{v:.3g}" for v in known}
+        return [place[v] for v in values], {place[v]: shown(v) for v in known}
     low, high = known[0], known[-1]
     is_wide = low > 0 and high / low > 20
     scale = math.log if is_wide else float
@@ -220,11 +258,16 @@ def _scaled(values: Sequence[float]) -> tuple[list[float], dict[float, str]]:
     return [(scale(v) - scale(low)) / span for v in values], {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
 
 
+def shown(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:.3g}" if is_number else str(value)
+
+
 def table(trials: Sequence[Trial]) -> str:
     """One line a trial, the best first."""
     lines = []
     for place, each in enumerate(trials, start=1):
-        settings = "  ".join(f"{key}={value:.3g}" for key, value in each.settings.items())
+        settings = "  ".join(f"{key}={shown(value)}" for key, value in each.settings.items())
         judged = each.error or f"{each.score:5.1f} {RUNGS[each.rung - 1]}"
         lines.append(f"{place:>3}  {judged:<20}  {settings}")
     return "\n".join(lines)

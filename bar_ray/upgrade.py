@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bar_ray import export, pipeline, registry
-from bar_ray.claims.joint import num_tokens
 from bar_ray.claims.table import OVERALL, Table
 from bar_ray.config import pick
 from bar_ray.graph import Step, topological
@@ -42,14 +41,18 @@ class Upgrade:
     recipe: Recipe
     before: Version
     after: Mapping[str, Version]
+    published: Version | None = None  # the model itself, when it is there already
 
     @cached_property
     def model(self) -> Pipeline:
+        if self.published:
+            return pipeline.as_published(self.recipe, self.published, self.after)
         return pipeline.compose(self.recipe, self.after)
 
     @cached_property
     def old_model(self) -> Pipeline:
-        return pipeline.compose(self.recipe, _versions(self.recipe, self.before))
+        experts = _versions(self.recipe, self.before)
+        return pipeline.as_published(self.recipe, self.before, experts)
 
     @property
     def targets(self) -> list[Step]:
@@ -63,7 +66,9 @@ class Upgrade:
         return Table.read({self.recipe.seed: {n: m.scores["bar"] for n, m in models.items()}})
 
     def publish(self) -> int:
-        """Enter the new model in the registry; returns its number."""
+        """Make the new model the newest of the registry; returns its number."""
+        if self.published:
+            return registry.publish(self.recipe.storage, MODEL, self.published, MODELS).version
         categories = (*self.scores.categories, OVERALL)
         scores = {c: self.scores.score("after", c).mean for c in categories}
         numbers = {domain: version.version for domain, version in self.after.items()}
@@ -85,7 +90,7 @@ def work_out(recipe: Recipe, change: Change) -> Upgrade:
     current = known[-1]
     if change.kind == "rollback":
         earlier = _earlier(known, change.version)
-        return Upgrade(recipe, current, _versions(recipe, earlier))
+        return Upgrade(recipe, current, _versions(recipe, earlier), earlier)
     experts = _versions(recipe, current)
     _check(change, experts, recipe)
     if change.kind == "remove":
@@ -106,41 +111,38 @@ def _check(change: Change, experts: Mapping[str, Version], recipe: Recipe) -> No
 
 
 def _version(recipe: Recipe, change: Change) -> Version:
-    known = {v.version: v for v in registry.versions(recipe.storage, change.domain)}
+    known = registry.versions(recipe.storage, change.domain)
     if not known:
         raise UserError(
             f"no version of '{change.domain}' is published: "
             f"run jobs/train_expert.py with --expert {change.domain}"
         )
-    return known[pick_number(f"version of '{change.domain}'", change.version, known)]
+    wanted = change.version or known[-1].version
+    return _numbered(f"version of '{change.domain}'", wanted, known)
 
 
 def _earlier(known: list[Version], number: int) -> Version:
-    by_number = {version.version: version for version in known}
-    if number:
-        return by_number[pick_number("version of the model", number, by_number)]
-    if len(known) < 2:
+    below = [version.version for version in known if version.version < known[-1].version]
+    if not number and not below:
         raise UserError("the model has no earlier version to go back to")
-    return known[-2]
+    return _numbered("version of the model", number or max(below), known)
 
 
-def pick_number(what: str, number: int, known: Mapping[int, Version]) -> int:
-    """The number itself, the newest for 0, or an error that says which there are."""
-    number = number or max(known)
-    if number not in known:
-        raise UserError(f"no {what} has the number {number}; there are {sorted(known)}")
-    return number
+def _numbered(what: str, number: int, known: list[Version]) -> Version:
+    found = next((version for version in known if version.version == number), None)
+    if found is None:
+        there = ", ".join(str(v.version) for v in sorted(known, key=lambda v: v.version))
+        raise UserError(f"no {what} has the number {number}; there are {there}")
+    return found
 
 
 def _versions(recipe: Recipe, model: Version) -> dict[str, Version]:
     """The published experts of a published model, in the order of its slots."""
     found = {}
     for domain, number in model.experts.items():
-        known = {v.version: v for v in registry.versions(recipe.storage, domain)}
-        if number not in known:
-            raise UserError(f"version {number} of '{domain}' is no longer in the registry")
-        found[domain] = known[number]
         pick("expert", domain, recipe.experts)  # its SFT data is the router's
+        known = registry.versions(recipe.storage, domain)
+        found[domain] = _numbered(f"version of '{domain}'", number, known)
     return found
 
 
@@ -158,22 +160,25 @@ def table(upgrade: Upgrade) -> str:
 
 def cost(upgrade: Upgrade) -> str:
     """Tokens and seconds of what the change trains, against all experts and the router."""
-    recipe = upgrade.recipe
-    whole = pipeline.build(recipe)
-    changed = [d for d, v in upgrade.after.items() if upgrade.before.experts.get(d) != v.version]
-    own = {d: [*whole.stages[d].values()] for d in whole.stages}
-    router = upgrade.model.bar
-    ours = [router, *(step for domain in changed for step in own[domain])]
-    theirs = [router, *(step for stages in own.values() for step in stages)]
-    past = history.read(recipe.storage, topological([*ours, *theirs]), "")
+    branch = {*map(pipeline.line_of, topological([upgrade.model.branch]))}
+    router = pipeline.line_of(upgrade.model.bar)
 
-    def of(steps: list[Step]) -> tuple[int, float]:
-        rows = [row for s in steps for row in past.metrics.get(history.identity(s), ())]
-        tokens = sum(num_tokens(step.settings["stage"]) for step in steps)
-        return tokens, sum(row["seconds"] for row in rows)
+    def own(domain: str) -> set[str]:
+        return {*upgrade.after[domain].lineage} - branch
 
-    (tokens, seconds), (all_tokens, all_seconds) = of(ours), of(theirs)
-    return (
-        f"trained for this: {tokens / 1e6:,.1f} million tokens, {duration(seconds)} in steps; "
-        f"everything again: {all_tokens / 1e6:,.1f} million, {duration(all_seconds)}"
-    )
+    changed = [
+        domain
+        for domain, version in upgrade.after.items()
+        if upgrade.before.experts.get(domain) != version.version
+    ]
+    ours = {router}.union(*map(own, changed))
+    theirs = {router}.union(*map(own, upgrade.after))
+    past = history.of_lines(upgrade.recipe.storage, ours | theirs)
+
+    def of(lines: set[str]) -> str:
+        rows = [row for line in lines for row in past.get(line, ())]
+        tokens = sum(row["tokens_per_s"] * row["seconds"] for row in rows)
+        seconds = sum(row["seconds"] for row in rows)
+        return f"{tokens / 1e6:,.2f} million tokens in {duration(seconds)} of steps"
+
+    return f"trained for this: {of(ours)}; all experts and the router: {of(theirs)}"

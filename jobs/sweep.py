@@ -1,11 +1,11 @@
 """Sweep over settings of a recipe with Ray Tune, and write the best recipe.
 
     python jobs/sweep.py conf/sweeps/unfreezing.yaml
-    python jobs/train_all.py outputs/sweep/sweeps/unfreezing/best.yaml storage=outputs/best
+    python jobs/train_all.py outputs/sweep/sweeps/unfreezing-1a2b3c4d/best.yaml
 
 Trials share the pool and everything they have in common; those that fall behind are stopped. The
-same command again continues where it stopped. Results go to <storage>/sweeps/<name>/: the ranked
-trials (trials.json), a picture (sweep.svg), the best recipe (best.yaml).
+same command again continues where it stopped. Results go to <storage>/sweeps/<name>-<hash>/: the
+ranked trials (trials.json), a picture (sweep.svg), the best recipe (best.yaml).
 """
 
 import argparse
@@ -21,9 +21,9 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     from bar_ray import sweep
 
     recipe = session.absolute_storage(recipe)
-    source = sweep.Source(str(Path(args.recipe).resolve()), tuple(args.overrides))
-    root = storage.join(recipe.storage, "sweeps", Path(args.recipe).stem)
+    source = sweep.Source.of(args.recipe, args.overrides, recipe)
     sweep.space(recipe.sweep)
+    root = sweep.folder_of(source, recipe.sweep, recipe, Path(args.recipe).stem)
     if args.plan:
         return session.show_plan(sweep.prepare(recipe))
     with session.connected(recipe):

@@ -1,5 +1,6 @@
 """Sweeps: what a trial is, how it is judged, what is written of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ UNFREEZING = "conf/sweeps/unfreezing.yaml"
 
 
 def test_a_trial_is_the_recipe_with_other_settings() -> None:
-    source = Source(UNFREEZING, ("evaluate.limit=5",))
+    source = Source.of(UNFREEZING, ["evaluate.limit=5"], config.load(UNFREEZING))
     settings = {"experts.tool_use.sft.learn.lm_head": 1, "stages.rlvr.lr": 0.001}
     plain, changed = source.recipe({}), source.recipe(settings)
     assert changed.experts["tool_use"].sft.learn.lm_head == 1
@@ -36,6 +37,17 @@ def test_a_trial_is_judged_after_sft_at_the_end_of_each_expert_and_as_a_whole() 
     assert [s.inputs["model"].verb for s in second.values()] == ["rlvr", "rlvr", "sft", "sft"]
     assert [s.inputs["model"].verb for s in third.values()] == ["route"]
     assert first["safety"] == second["safety"], "scored once"
+
+
+def test_another_space_is_another_sweep() -> None:
+    recipe = config.load(UNFREEZING)
+    source = Source.of(UNFREEZING, [], recipe)
+
+    def folder(**changed: object) -> str:
+        return sweep.folder_of(source, replace(recipe.sweep, **changed), recipe, "unfreezing")
+
+    assert folder() == folder(concurrent=7)
+    assert len({folder(), folder(trials=3), folder(space={"seed": {"choice": [1]}})}) == 3
 
 
 def test_space_is_drawn_as_described() -> None:
@@ -66,13 +78,14 @@ def test_a_space_that_means_nothing_is_refused(tmp_path: Path, written: str, mes
 def test_results_are_ranked_and_the_best_is_a_recipe(tmp_path: Path) -> None:
     trials = [
         Trial({"stages.rlvr.lr": 0.001, "stages.rlvr.learn.attention": 0.5}, 3, 91.0),
-        Trial({"stages.rlvr.lr": 0.0004, "stages.rlvr.learn.attention": 0}, 1, 95.0),
+        Trial({"stages.rlvr.lr": 0.0004, "stages.rlvr.learn.attention": "a name"}, 1, 95.0),
         Trial({"stages.rlvr.lr": 0.0002, "stages.rlvr.learn.attention": 0.1}, 1, 0.0, "it broke"),
     ]
     lines = sweep.table(trials).splitlines()
     assert "91.0 routed model" in lines[0] and "95.0 after SFT" in lines[1]
     assert "it broke" in lines[2]
-    sweep.write(Source(UNFREEZING), trials, str(tmp_path))
+    source = Source.of(UNFREEZING, [], config.load(UNFREEZING))
+    sweep.write(source, trials, str(tmp_path))
     best = config.load(str(tmp_path / "best.yaml"))
     assert best.experts["code"].rlvr.lr == 0.001
     assert best.experts["code"].rlvr.learn.attention == 0.5

@@ -53,7 +53,9 @@ class Arms(pipeline.Builder):
 
     def variant(self, name: str, **changed: Any) -> pipeline.Pipeline:
         """The whole method with other settings of the recipe; its routed model is scored."""
-        built = pipeline.build(replace(self.recipe, **changed))
+        recipe = replace(self.recipe, **changed)
+        pipeline.check_model(recipe)
+        built = pipeline.build(recipe)
         self.add(name, built.bar)
         return built
 
@@ -61,7 +63,8 @@ class Arms(pipeline.Builder):
         """One expert replaced, or left out when it is None."""
         experts = {**self.recipe.experts, domain: expert}
         kept = {key: each for key, each in experts.items() if each is not None}
-        return self.variant(name, experts=kept)
+        recipe = pipeline.with_experts(self.recipe, kept)
+        return self.variant(name, experts=kept, router=recipe.router)
 
     def expert(self, name: str, domain: str, expert: Expert) -> Step:
         """An expert alone, with other settings; scored as it is."""
@@ -93,13 +96,23 @@ class Arms(pipeline.Builder):
         if with_midtrain:
             stage = joint(list(self.stages("midtrain").values()))
             model = self.train(f"{name}-midtrain", stage, model, "text")
-        sft = list(self.stages("sft").values())
+        sft = self.all_sft()
         if self.recipe.tiny is not None:  # what made the pretrained model the post-trained one
-            sft.append(replace(self.recipe.tiny.post_train, seq_len=sft[0].seq_len))
+            sft.append(self.recipe.tiny.post_train)
         model = self.add(f"{name} sft", self.train(f"{name}-sft", joint(sft), model))
         return self.add(name, self.reinforce(name, self.stages("rlvr"), model))
 
+    def all_sft(self) -> list[Stage]:
+        """The SFT of every expert, and as much of the router's sources as the router takes."""
+        router = self.recipe.router
+        return [*self.stages("sft").values(), replace(router, data=self.router_data()[0])]
+
     def continued(self, name: str) -> Step:
+        """The base through SFT and RLVR on all domains at once, as published."""
+        model = self.train(f"{name}-sft", joint(self.all_sft()), self.base)
+        return self.add(name, self.reinforce(name, self.stages("rlvr"), model))
+
+    def one_by_one(self, name: str) -> Step:
         """The base through every domain's stages, one domain after the other."""
         model = self.base
         for domain in self.recipe.experts:
@@ -162,7 +175,7 @@ class Arms(pipeline.Builder):
         shares, tokens = self.router_data()
         sample = next(iter(tokens.values())).inputs["sample"]
         data, world = self._many(recipe.evaluate.categories)
-        known = {source: adapter_of[source] for source in shares}
+        known = {source: adapter_of.get(source, GENERAL) for source in shares}
         router = self.step(
             "adapter_router",
             "adapters",

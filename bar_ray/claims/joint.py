@@ -1,7 +1,7 @@
 """Stages for models that are not branched, from the stages of the experts they are compared with.
 
 Budgets are equal by construction: training on all domains at once takes as many tokens of each
-dataset as the experts took of it one by one, and as many prompts in RLVR.
+dataset as the experts and the router took of it one by one, and as many prompts in RLVR.
 """
 
 from collections import defaultdict

@@ -12,7 +12,7 @@ from typing import Any
 from bar_ray import storage
 from bar_ray.claims import plots
 from bar_ray.claims.arms import Arms
-from bar_ray.claims.claims import CLAIMS, PAPER, Claim, Evidence, Finding
+from bar_ray.claims.claims import CLAIMS, MARGIN, PAPER, Claim, Evidence, Finding
 from bar_ray.claims.table import OVERALL, Estimate
 from bar_ray.config import nearest
 from bar_ray.recipe import Recipe
@@ -103,8 +103,8 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         "",
         f"On {found['machine']}, {found['made']}, seeds {seeds}. Scores are percent right on "
         "held-out tests. Differences are in points, paired by test item, with the 95 % interval "
-        "over items; the seeds' own differences stand beside. A verdict needs the interval and "
-        "every seed on one side of zero.",
+        "over items; the seeds' own differences stand beside. Better means that the interval and "
+        f"every seed are above zero; not lost, that the interval is above -{MARGIN:g} points.",
         "",
         "| | claim | verdict |",
         "|---|---|---|",

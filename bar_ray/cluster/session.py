@@ -74,6 +74,8 @@ def run_here(recipe: Recipe, targets: Sequence[Step]) -> None:
     """The same in a process that is on the cluster already; Busy when another one is at work."""
     run_id, todo = new_run_id(), [p.step for p in plan(targets) if not p.reused]
     if todo:
+        storage.check_writable(recipe.storage)
+        _refuse_what_cannot_fit(recipe, todo)
         with Lease(recipe.storage, run_id, todo).taken() as lease:
             planned = plan(targets)
             _describe(recipe, run_id, planned)

@@ -105,9 +105,9 @@ def rows_below(
 
 
 def run(step: Any, run: Any) -> None:
-    """Data: SFT sources by name; settings: fraction, seed, stratified.
+    """Data: SFT sources by name; settings: fraction, seed, stratified, natural.
 
-    Output: `<name>.jsonl` of each, or `all.jsonl` of a sample that is not stratified, and counts.
+    Output: `<name>.jsonl` of each, or one `all.jsonl` of all (`natural`), and counts.
     """
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     settings = step.settings
@@ -119,6 +119,8 @@ def run(step: Any, run: Any) -> None:
         else:
             uris = [run.locate(step, name) for name in step.data]
             sampled = {"all": at_random(uris, *options)}
+        if settings["natural"]:
+            sampled = {"all": [line for lines in sampled.values() for line in lines]}
         for name, lines in sampled.items():
             Path(folder, f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
             counts[f"rows:{name}"] = len(lines)

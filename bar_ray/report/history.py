@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from bar_ray import storage
 from bar_ray.graph import Step
@@ -27,7 +27,7 @@ def who(record: Record) -> Who:
     return record.get("verb", ""), record.get("name", ""), record.get("fingerprint", "")
 
 
-def identity(step: Step) -> Who:
+def identity(step: "Step | Recorded") -> Who:
     return step.verb, step.name, step.fingerprint
 
 
@@ -93,7 +93,15 @@ class History:
         return {who(event): event for event in self.events if event["event"] == "finished"}
 
 
-def read(storage_uri: str, steps: Collection[Step], run_id: str) -> History:
+class Recorded(NamedTuple):
+    """What identifies a step that is known by its lineage alone."""
+
+    verb: str
+    name: str
+    fingerprint: str
+
+
+def read(storage_uri: str, steps: Collection[Step | Recorded], run_id: str) -> History:
     """Everything recorded about `steps`, and of `run_id` also what belongs to no step."""
     wanted = {identity(step) for step in steps}
     rows: dict[Who, dict[int, Record]] = defaultdict(dict)
@@ -111,6 +119,13 @@ def read(storage_uri: str, steps: Collection[Step], run_id: str) -> History:
             events += [e for e in found if who(e) in wanted or (run == run_id and not who(e)[2])]
     by_step = {key: [found[step] for step in sorted(found)] for key, found in rows.items()}
     return History(by_step, sorted(events, key=lambda event: event["time"]))
+
+
+def of_lines(storage_uri: str, lines: Collection[str]) -> dict[str, list[Record]]:
+    """Metrics of the steps of a lineage ("verb name fingerprint"), whatever became of them."""
+    steps = [Recorded(*line.split()) for line in lines]
+    metrics = read(storage_uri, steps, "").metrics
+    return {" ".join(step): rows for step, rows in metrics.items()}
 
 
 def _lines(uri: str) -> list[Record]:
