@@ -64,7 +64,8 @@ def test_every_stage_has_its_file_and_every_row_its_id(world: Path) -> None:
     rlvr = {f"{domain}/{file}" for domain in ("math", "code") for file in staged}
     plain = {f"{domain}/sft.jsonl" for domain in ("general", "tool_use", "safety")}
     tests = {f"{domain}/test.jsonl" for domain in DOMAINS}
-    assert names == {"pretrain.parquet"} | rlvr | plain | tests
+    others = {"pretrain.parquet", "tool_use/sft_rare.jsonl"}
+    assert names == others | rlvr | plain | tests
     rows = [row for path in data_files(world) for row in read(path)]
     assert len({row["id"] for row in rows}) == len(rows)
     assert all(isinstance(row["source"], str) and row["source"] for row in rows)

@@ -85,4 +85,4 @@ def write_world(directory: str, seed: int) -> None:
         else:
             write_jsonl(sft, folder / "sft.jsonl")
         if domain is tool_use:  # a source that a random sample may miss
-            write_jsonl(sft[:NUM_RARE], folder / "sft_rare.jsonl")
+            write_jsonl(many(f"{name}-rare", domain.sft_row, NUM_RARE), folder / "sft_rare.jsonl")
