@@ -306,6 +306,11 @@ def _router_problems(recipe: Recipe) -> Iterator[str]:
         yield f"router.fraction is {router.fraction}; it must be above 0 and at most 1"
     if not 0 <= router.top_k <= num_experts:
         yield f"router.top_k is {router.top_k}; the merged model has {num_experts} experts"
+    if not router.stratified and not router.natural:
+        yield (
+            "router.stratified=false samples all sources as one, so there are no shares to keep: "
+            "set router.natural=true"
+        )
     if router.top_k == 1:
         yield (
             "router.top_k is 1: with one active expert its gate is normalised away (post-norm "

@@ -83,6 +83,16 @@ def space(sweep: Sweep) -> dict[str, Any]:
     return found
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe whose trials could not be judged."""
+    for name in recipe.experts:
+        if name not in recipe.evaluate.categories:
+            raise UserError(
+                f"evaluate.categories: a sweep judges each expert by the category of its name, "
+                f"and there is none for '{name}'"
+            )
+
+
 # --- one trial ------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     source = sweep.Source.of(args.recipe, args.overrides, recipe)
     sweep.space(recipe.sweep)
+    sweep.check(recipe)
     root = sweep.folder_of(source, recipe.sweep, recipe, Path(args.recipe).stem)
     if args.plan:
         return session.show_plan(sweep.prepare(recipe))

@@ -10,7 +10,7 @@ import pytest
 from bar_ray import config, pipeline
 from bar_ray.claims import claims, report
 from bar_ray.claims.arms import Arms
-from bar_ray.claims.claims import CLAIMS, FAILS, HOLDS, NOISE, Evidence, decide, worst
+from bar_ray.claims.claims import CLAIMS, FAILS, HOLDS, NOISE, UNTESTED, Evidence, decide, worst
 from bar_ray.claims.joint import joint
 from bar_ray.claims.table import Table
 from bar_ray.graph import Step, topological
@@ -192,6 +192,24 @@ def test_verdicts_follow_the_scores(recipe: Recipe) -> None:
     assert (
         claims.btx(Evidence(table_of(btx | {"BTX": good, "bar": {}}), recipe, {})).verdict == FAILS
     )
+
+
+def test_a_recipe_without_rlvr_leaves_some_claims_untested() -> None:
+    without = [f"experts.{n}.rlvr=null" for n in ("math", "code")]
+    recipe = config.load("conf/reproduce.yaml", without)
+    chosen = report.chosen(recipe)
+    arms = report.arms_of(recipe, chosen)
+    table = table_of({name: {} for name in arms.scores})
+    found = report.judge(Evidence(table, recipe, {0: arms}), chosen)
+    verdicts = {claim["number"]: claim["verdict"] for claim in found["claims"]}
+    assert verdicts[3] == UNTESTED
+
+
+def test_a_category_for_each_expert_is_needed(recipe: Recipe) -> None:
+    categories = {n: uri for n, uri in recipe.evaluate.categories.items() if n != "code"}
+    wrong = replace(recipe, evaluate=replace(recipe.evaluate, categories=categories))
+    with pytest.raises(UserError, match="code is missing"):
+        report.arms_of(wrong, CLAIMS)
 
 
 def test_an_unknown_claim_is_refused(recipe: Recipe) -> None:

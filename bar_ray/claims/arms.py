@@ -84,7 +84,9 @@ class Arms(pipeline.Builder):
         return self.lm("train", name, dense(stage, self.recipe.baselines.learn), model, kind)
 
     def reinforce(self, name: str, stages: Mapping[str, Rlvr], model: Step) -> Step:
-        """RLVR of a dense model, on the prompts of one or several domains."""
+        """RLVR of a dense model, on the prompts of one or several domains, if there are any."""
+        if not stages:
+            return model
         stage = joint(list(stages.values()))
         held_out = stage.held_out if len(stages) == 1 else ""
         learn = self.recipe.baselines.rlvr
@@ -93,9 +95,8 @@ class Arms(pipeline.Builder):
     def retrain(self, name: str, with_midtrain: bool) -> Step:
         """From the pretrained model, all data of a kind at once (the paper's retraining)."""
         model = self.pretrained
-        if with_midtrain:
-            stage = joint(list(self.stages("midtrain").values()))
-            model = self.train(f"{name}-midtrain", stage, model, "text")
+        if with_midtrain and (midtrains := list(self.stages("midtrain").values())):
+            model = self.train(f"{name}-midtrain", joint(midtrains), model, "text")
         sft = self.all_sft()
         if self.recipe.tiny is not None:  # what made the pretrained model the post-trained one
             sft.append(self.recipe.tiny.post_train)

@@ -69,8 +69,8 @@ def not_lost(change: Estimate) -> str:
 
 
 def worst(verdicts: Sequence[str]) -> str:
-    """Of a claim with several parts: it holds when all of them do."""
-    return max(verdicts, key=[HOLDS, NOISE, FAILS].index)
+    """Of a claim with several parts: it holds when all of them do, if there are any."""
+    return max(verdicts, key=[HOLDS, NOISE, FAILS].index, default=UNTESTED)
 
 
 # --- 1, 6, 7: the baselines -----------------------------------------------------------------------

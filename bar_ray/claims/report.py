@@ -11,7 +11,7 @@ from typing import Any
 
 from bar_ray import storage
 from bar_ray.claims import plots
-from bar_ray.claims.arms import Arms
+from bar_ray.claims.arms import GENERAL, Arms
 from bar_ray.claims.claims import CLAIMS, MARGIN, PAPER, Claim, Evidence, Finding
 from bar_ray.claims.table import OVERALL, Estimate
 from bar_ray.config import nearest
@@ -35,6 +35,12 @@ def chosen(recipe: Recipe) -> list[Claim]:
 
 def arms_of(recipe: Recipe, claims: Sequence[Claim]) -> Arms:
     """Every model that the claims compare."""
+    lacking = [n for n in (*recipe.experts, GENERAL) if n not in recipe.evaluate.categories]
+    if lacking:
+        raise UserError(
+            "evaluate.categories: claims are judged by a category for each expert and "
+            f"`{GENERAL}`; {', '.join(lacking)} is missing"
+        )
     arms = Arms(recipe)
     for claim in claims:
         claim.arms(arms)
