@@ -161,8 +161,8 @@ def run(source: Source, sweep: Sweep, root: str) -> list[Trial]:
     bundle = tune.PlacementGroupFactory([{"CPU": 0.0, here: 0.001}])
     trainable = tune.with_resources(tune.with_parameters(trial, source=source), bundle)
     parent, _, name = path.rpartition("/")
-    # One pool for all trials: it ends with the process that asked for it first.
-    PoolClient(create=True).ask("view")
+    pool = PoolClient(create=True)  # one for all trials: it ends with the handle of who made it
+    pool.ask("view")
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
         tuner = tune.Tuner.restore(
             path,
