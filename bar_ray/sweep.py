@@ -197,8 +197,8 @@ def run(source: Source, sweep: Sweep, root: str) -> list[Trial]:
     trials = [
         Trial(
             dict(result.config),
-            result.metrics.get("rung", 0),
-            result.metrics.get("score", 0.0),
+            (result.metrics or {}).get("rung", 0),
+            (result.metrics or {}).get("score", 0.0),
             str(result.error).strip().splitlines()[-1] if result.error else "",
         )
         for result in results
