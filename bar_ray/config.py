@@ -119,16 +119,19 @@ def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
 
 def _drop_experts(merged: Any) -> None:
     """`experts.code=null` leaves an expert out."""
-    for experts in (merged.experts, (merged.get("reproduce") or {}).get("older") or {}):
+    for experts in (merged.experts, _older(merged)):
         for name in [name for name, expert in experts.items() if expert is None]:
             del experts[name]
+
+
+def _older(merged: Any) -> Any:
+    return (merged.get("reproduce") or {}).get("older") or {}
 
 
 def _apply_stage_defaults(merged: Any) -> None:
     """`stages.sft` is where every expert's `sft` starts from."""
     defaults = merged.get("stages") or {}
-    older = (merged.get("reproduce") or {}).get("older") or {}
-    for expert in (*merged.experts.values(), *(each for each in older.values() if each)):
+    for expert in (*merged.experts.values(), *_older(merged).values()):
         for stage in STAGES:
             if expert.get(stage) is not None and defaults.get(stage) is not None:
                 expert[stage] = OmegaConf.merge(defaults[stage], expert[stage])
@@ -337,7 +340,7 @@ def _merge_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _reproduce_problems(recipe: Recipe) -> Iterator[str]:
-    found, sources = recipe.reproduce, [*recipe.datasets]
+    found, shared = recipe.reproduce, recipe.baselines.btx_shared
     for name in ("seeds", "fractions"):
         if not getattr(found, name):
             yield f"reproduce.{name} is empty; give at least one"
@@ -353,12 +356,8 @@ def _reproduce_problems(recipe: Recipe) -> Iterator[str]:
     for key, names, known in (
         ("reproduce.mixed", found.mixed, [*recipe.experts]),
         ("reproduce.older", [*found.older], [*recipe.experts]),
-        ("reproduce.rare", [*found.rare.values()], sources),
-        (
-            "baselines.btx_shared",
-            [n for n in [recipe.baselines.btx_shared] if n],
-            [*recipe.experts],
-        ),
+        ("reproduce.rare", [*found.rare.values()], [*recipe.datasets]),
+        ("baselines.btx_shared", [shared] if shared else [], [*recipe.experts]),
     ):
         for name in names:
             if name not in known:
@@ -378,6 +377,12 @@ def _sweep_problems(recipe: Recipe) -> Iterator[str]:
             yield from _choice(f"sweep.space.{key}", kind, SPACES)
             if kind != "choice" and not (len(values) == 2 and values[0] < values[1]):
                 yield f"sweep.space.{key}.{kind} must be [low, high], not {values}"
+
+
+def require_categories(recipe: Recipe, names: Sequence[str], why: str) -> None:
+    """Refuse a recipe that does not score what something else is judged by."""
+    if lacking := [name for name in names if name not in recipe.evaluate.categories]:
+        raise UserError(f"evaluate.categories: {why}; {', '.join(lacking)} is missing")
 
 
 def _choice(key: str, value: str, valid: Sequence[str]) -> Iterator[str]:

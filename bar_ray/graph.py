@@ -80,6 +80,13 @@ class Step:
         return f"{self.verb} {self.name}"
 
 
+def inputs_of(step: Step, kind: str) -> dict[str, Step]:
+    """The inputs called `kind:NAME`, by name, in order."""
+    prefix = f"{kind}:"
+    named = {name: each for name, each in step.inputs.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): each for name, each in named.items()}
+
+
 @dataclass(frozen=True)
 class Published(Step):
     """A step whose output is there, whatever made it: a version from the registry."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bar_ray.graph import inputs_of
 from bar_ray.model import average, tensors
 from bar_ray.model.tensors import Checkpoint, Spec
 from bar_ray.recipe import Merge
@@ -29,8 +30,7 @@ def run(step: Any, run: Any) -> None:
     """
 
     def checkpoints(kind: str) -> dict[str, Checkpoint]:
-        found = {n: s for n, s in step.inputs.items() if n.startswith(f"{kind}:")}
-        return {n.removeprefix(f"{kind}:"): Checkpoint(run.fetch(s)) for n, s in found.items()}
+        return {name: Checkpoint(run.fetch(s)) for name, s in inputs_of(step, kind).items()}
 
     base, experts = Checkpoint(run.fetch(step.inputs["base"])), checkpoints("expert")
     with run.output(step, {"slots": ["anchor", *experts]}) as folder:

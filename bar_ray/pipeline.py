@@ -99,7 +99,7 @@ def _recorded(recipe: Recipe, line: str) -> Published:
 def published(recipe: Recipe, version: Version) -> Published:
     """A version from the registry, as a step to go on from."""
     _, verb, name, fingerprint = version.artifact.split("/")
-    step = Published(verb, name, {}, {}, {}, recipe.storage, fingerprint)
+    step = _recorded(recipe, f"{verb} {name} {fingerprint}")
     if storage.read_manifest(step.artifact.uri) is None:
         raise UserError(f"{step.artifact.uri} is published, but no longer there")
     return step

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bar_ray.graph import inputs_of
 from bar_ray.stages import lm
 
 LOAD_ROWS = 32
@@ -22,7 +23,7 @@ class RouteWorker(lm.LmWorker):
     """
 
     def finish_output(self, folder: str) -> None:
-        names = [n.removeprefix("data:") for n in self.step.inputs if n.startswith("data:")]
+        names = inputs_of(self.step, "data")
         load = {
             name: router_load(self.engine.model, shard)
             for name, shard in zip(names, self.batches.shards, strict=True)

@@ -85,12 +85,8 @@ def space(sweep: Sweep) -> dict[str, Any]:
 
 def check(recipe: Recipe) -> None:
     """Refuse a recipe whose trials could not be judged."""
-    for name in recipe.experts:
-        if name not in recipe.evaluate.categories:
-            raise UserError(
-                f"evaluate.categories: a sweep judges each expert by the category of its name, "
-                f"and there is none for '{name}'"
-            )
+    why = "a sweep judges each expert by the category of its name"
+    config.require_categories(recipe, [*recipe.experts], why)
 
 
 # --- one trial ------------------------------------------------------------------------------------

@@ -177,8 +177,7 @@ def cost(upgrade: Upgrade) -> str:
 
     def of(lines: set[str]) -> str:
         rows = [row for line in lines for row in past.get(line, ())]
-        tokens = sum(row["tokens_per_s"] * row["seconds"] for row in rows)
-        seconds = sum(row["seconds"] for row in rows)
+        tokens, seconds = history.tokens_of(rows), history.seconds_of(rows)
         return f"{tokens / 1e6:,.2f} million tokens in {duration(seconds)} of steps"
 
     return f"trained for this: {of(ours)}; all experts and the router: {of(theirs)}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bar_ray.graph import inputs_of
 from bar_ray.model import average, branch, tensors
 from bar_ray.model.tensors import Checkpoint
 from bar_ray.recipe import Merge
@@ -37,11 +38,8 @@ class Models:
 
     def __init__(self, step: Any, run: Any, settings: Merge) -> None:
         self.settings, self.base = settings, Checkpoint(run.fetch(step.inputs["base"]))
-        named = {n: s for n, s in step.inputs.items() if n.startswith("model:")}
-        self.by_name = {
-            name.removeprefix("model:"): Checkpoint(run.fetch(model))
-            for name, model in named.items()
-        }
+        models = inputs_of(step, "model")
+        self.by_name = {name: Checkpoint(run.fetch(model)) for name, model in models.items()}
         for model in self.by_name.values():
             tensors.same_specs(self.base, model, self.base.names)
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
 from bar_ray.data import chat, formats
-from bar_ray.evaluate.run import score, test_items
+from bar_ray.evaluate.run import score, test_items, write
+from bar_ray.graph import inputs_of
 from bar_ray.model import tensors
 from bar_ray.model.tensors import Checkpoint
 from bar_ray.recipe import Lora
@@ -141,16 +142,11 @@ def evaluate(step: Any, run: Any) -> None:
     """Inputs: `router`, an evaluation `scores:NAME` per adapter. Output as of `evaluate`."""
     choices = json.loads(Path(run.fetch(step.inputs["router"]), "choices.json").read_text())
     samples = {}
-    for name, evaluation in step.inputs.items():
-        if name.startswith("scores:"):
-            lines = Path(run.fetch(evaluation), "samples.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
-            answers = {(row["category"], row["id"]): row for row in rows}
-            samples[name.removeprefix("scores:")] = answers
+    for name, evaluation in inputs_of(step, "scores").items():
+        lines = Path(run.fetch(evaluation), "samples.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        samples[name] = {(row["category"], row["id"]): row for row in rows}
     [any_answers, *_] = samples.values()
     chosen = [samples[choices[category][i]][category, i] for category, i in any_answers]
     scores = score(chosen, [Verdict(row["score"], row["outcome"]) for row in chosen])
-    with run.output(step, {"scores": scores}) as output:
-        Path(output, "scores.json").write_text(json.dumps(scores, indent=1))
-        lines = [json.dumps(row) + "\n" for row in chosen]
-        Path(output, "samples.jsonl").write_text("".join(lines))
+    write(scores, chosen, step, run)

@@ -144,15 +144,16 @@ class Arms(pipeline.Builder):
 
     def averaged(self, name: str, models: Mapping[str, Step], merge: Merge) -> Step:
         """Dense models made one dense model."""
-        inputs = {"base": self.base, **{f"model:{each}": step for each, step in models.items()}}
-        return self.add(name, self.step("average", name, merge, inputs))
+        return self.add(name, self.step("average", name, merge, self._with_base(models)))
 
     def btx(self, name: str, models: Mapping[str, Step], merge: Merge) -> Step:
         """Dense models as the experts of a MoE, untrained as a whole."""
-        inputs = {"base": self.base, **{f"model:{each}": step for each, step in models.items()}}
         base = self.recipe.base
         settings = {"merge": merge, "router_std": base.router_std, "seed": self.recipe.seed}
-        return self.step("btx", name, settings, inputs)
+        return self.step("btx", name, settings, self._with_base(models))
+
+    def _with_base(self, models: Mapping[str, Step]) -> dict[str, Step]:
+        return {"base": self.base, **{f"model:{name}": step for name, step in models.items()}}
 
     def finetuned(self, name: str, moe: Step) -> Step:
         """A MoE finetuned as a whole on the router's sample, for as many steps as the router."""

@@ -43,14 +43,13 @@ def cost_of(steps: Iterable[Step], past: history.History) -> dict[str, Cost]:
         if not rows:
             continue
         stage = step.settings["stage"]
-        tokens = sum(row["tokens_per_s"] * row["seconds"] for row in rows)
+        tokens = history.tokens_of(rows)
         weights = matrix_weights(step.inputs["model"].artifact.uri)
         flops = tokens * flops_per_token(weights, stage.learn)
         if isinstance(stage, Rlvr):
             drawn = sum(row.get("rollout_tokens", 0.0) for row in rows)
             flops += 2 * drawn * sum(weights.values())
-        seconds = sum(row["seconds"] for row in rows)
-        found[step.artifact.uri] = Cost(tokens, flops, seconds)
+        found[step.artifact.uri] = Cost(tokens, flops, history.seconds_of(rows))
     return found
 
 

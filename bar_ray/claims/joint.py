@@ -38,7 +38,3 @@ def dense(stage: Stage, learn: Learn) -> Dense:
     """The same stage for a dense model."""
     kept = {f.name: getattr(stage, f.name) for f in fields(Stage)}
     return Dense(**{**kept, "learn": learn})
-
-
-def num_tokens(stage: Stage) -> int:
-    return stage.steps * stage.batch_size * stage.seq_len

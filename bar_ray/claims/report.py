@@ -14,7 +14,7 @@ from bar_ray.claims import plots
 from bar_ray.claims.arms import GENERAL, Arms
 from bar_ray.claims.claims import CLAIMS, MARGIN, PAPER, Claim, Evidence, Finding
 from bar_ray.claims.table import OVERALL, Estimate
-from bar_ray.config import nearest
+from bar_ray.config import nearest, require_categories
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
 
@@ -35,12 +35,8 @@ def chosen(recipe: Recipe) -> list[Claim]:
 
 def arms_of(recipe: Recipe, claims: Sequence[Claim]) -> Arms:
     """Every model that the claims compare."""
-    lacking = [n for n in (*recipe.experts, GENERAL) if n not in recipe.evaluate.categories]
-    if lacking:
-        raise UserError(
-            "evaluate.categories: claims are judged by a category for each expert and "
-            f"`{GENERAL}`; {', '.join(lacking)} is missing"
-        )
+    why = f"claims are judged by a category for each expert and `{GENERAL}`"
+    require_categories(recipe, [*recipe.experts, GENERAL], why)
     arms = Arms(recipe)
     for claim in claims:
         claim.arms(arms)

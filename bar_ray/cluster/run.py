@@ -108,11 +108,11 @@ def run_steps(steps: list[Step], run: Run) -> dict[str, str]:
     """
     todo = [step for step in steps if storage.read_manifest(step.artifact.uri) is None]
     try:
+        module, name = VERBS[steps[0].verb][0].split(":")
+        function = getattr(importlib.import_module(module), name)
+        if steps[0].verb in TOGETHER:
+            return function(todo, run)
         for step in todo:
-            module, name = VERBS[step.verb][0].split(":")
-            function = getattr(importlib.import_module(module), name)
-            if step.verb in TOGETHER:
-                return function(todo, run)
             function(step, run)
         return {}
     except Exception as error:
@@ -236,12 +236,11 @@ class Executor:
         if most == 1 or key(step) in self.alone:
             return [step]
 
-        def alike(steps: list[Step]) -> list[Step]:
-            left = [s for s in steps if key(s) in self.todo and key(s) not in self.alone]
-            return [s for s in left if kind_of(s) == kind_of(step)]
-
-        part = math.ceil(len(alike(ready)) / len(alike(allowed)))
-        others = [s for s in alike(ready) if s is not step and s not in allowed]
+        kind, leading = kind_of(step), set(map(key, allowed))
+        left = [s for s in ready if key(s) in self.todo and key(s) not in self.alone]
+        alike = [s for s in left if kind_of(s) == kind]
+        others = [s for s in alike if key(s) not in leading]
+        part = math.ceil(len(alike) / (len(alike) - len(others)))
         return [step, *others[: min(part, most) - 1]]
 
     def _start(self, steps: list[Step], standing: Standing) -> None:

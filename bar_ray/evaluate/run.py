@@ -85,13 +85,18 @@ def _grade(test: Test, completions: list[dict[str, Any]], sandbox: Any, run: Any
     ]
     verdicts = rewards.grade(graded, sandbox)
     scores = score(test.items, verdicts)
-    with run.output(test.step, {"scores": scores}) as output:
-        Path(output, "scores.json").write_text(json.dumps(scores, indent=1))
-        with open(Path(output, "samples.jsonl"), "w") as file:
-            for item, completion, verdict in zip(test.items, completions, verdicts, strict=True):
-                file.write(json.dumps(sample(item, completion, verdict)) + "\n")
+    samples = list(map(sample, test.items, completions, verdicts))
+    write(scores, samples, test.step, run)
     shown = "  ".join(f"{name} {value:.1f}" for name, value in scores["scores"].items())
     run.say(test.step, shown)
+
+
+def write(scores: dict[str, Any], samples: Sequence[dict], step: Step, run: Any) -> None:
+    """The output of an evaluation: its scores, and every item's."""
+    with run.output(step, {"scores": scores}) as output:
+        Path(output, "scores.json").write_text(json.dumps(scores, indent=1))
+        lines = [json.dumps(each) + "\n" for each in samples]
+        Path(output, "samples.jsonl").write_text("".join(lines))
 
 
 def _require_positions(folder: str, items: list[dict], settings: Evaluate) -> None:

@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from bar_ray import storage
 from bar_ray.graph import Step
@@ -27,7 +27,7 @@ def who(record: Record) -> Who:
     return record.get("verb", ""), record.get("name", ""), record.get("fingerprint", "")
 
 
-def identity(step: "Step | Recorded") -> Who:
+def identity(step: Step) -> Who:
     return step.verb, step.name, step.fingerprint
 
 
@@ -82,7 +82,7 @@ class History:
 
         In all runs together: what a fault undid, waiting and starting up are time without use.
         """
-        useful = {step: _seconds(rows) for step, rows in self.metrics.items()}
+        useful = {step: seconds_of(rows) for step, rows in self.metrics.items()}
         runs = {event["run"] for event in self.events}
         held = [span for run in runs for span in spans(self.of_run(run)) if useful.get(span.who)]
         total = sum(span.ended - span.started for span in held)
@@ -93,17 +93,18 @@ class History:
         return {who(event): event for event in self.events if event["event"] == "finished"}
 
 
-class Recorded(NamedTuple):
-    """What identifies a step that is known by its lineage alone."""
-
-    verb: str
-    name: str
-    fingerprint: str
-
-
-def read(storage_uri: str, steps: Collection[Step | Recorded], run_id: str) -> History:
+def read(storage_uri: str, steps: Collection[Step], run_id: str) -> History:
     """Everything recorded about `steps`, and of `run_id` also what belongs to no step."""
-    wanted = {identity(step) for step in steps}
+    return _read(storage_uri, {identity(step) for step in steps}, run_id)
+
+
+def of_lines(storage_uri: str, lines: Collection[str]) -> dict[str, list[Record]]:
+    """Metrics of the steps of a lineage ("verb name fingerprint"), whatever became of them."""
+    metrics = _read(storage_uri, {tuple(line.split()) for line in lines}, "").metrics
+    return {" ".join(step): rows for step, rows in metrics.items()}
+
+
+def _read(storage_uri: str, wanted: set[Who], run_id: str) -> History:
     rows: dict[Who, dict[int, Record]] = defaultdict(dict)
     events: list[Record] = []
     for uri in storage.list_files(storage.join(storage_uri, "runs"), recursive=True):
@@ -119,13 +120,6 @@ def read(storage_uri: str, steps: Collection[Step | Recorded], run_id: str) -> H
             events += [e for e in found if who(e) in wanted or (run == run_id and not who(e)[2])]
     by_step = {key: [found[step] for step in sorted(found)] for key, found in rows.items()}
     return History(by_step, sorted(events, key=lambda event: event["time"]))
-
-
-def of_lines(storage_uri: str, lines: Collection[str]) -> dict[str, list[Record]]:
-    """Metrics of the steps of a lineage ("verb name fingerprint"), whatever became of them."""
-    steps = [Recorded(*line.split()) for line in lines]
-    metrics = read(storage_uri, steps, "").metrics
-    return {" ".join(step): rows for step, rows in metrics.items()}
 
 
 def _lines(uri: str) -> list[Record]:
@@ -144,8 +138,14 @@ def run_description(storage_uri: str, run_id: str) -> Record:
     return storage.read_json(place) if storage.exists(place) else {}
 
 
-def _seconds(rows: list[Record]) -> float:
+def seconds_of(rows: list[Record]) -> float:
+    """Time in the optimizer steps of these metrics."""
     return sum(row.get("seconds", 0.0) for row in rows)
+
+
+def tokens_of(rows: list[Record]) -> float:
+    """Tokens that these optimizer steps learned from."""
+    return sum(row["tokens_per_s"] * row["seconds"] for row in rows)
 
 
 def spans(events: list[Record]) -> list[Span]:

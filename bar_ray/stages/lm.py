@@ -17,7 +17,7 @@ import torch
 from bar_ray import storage
 from bar_ray.cluster.pool import holder
 from bar_ray.cluster.sharing import PoolClient
-from bar_ray.graph import Step
+from bar_ray.graph import Step, inputs_of
 from bar_ray.recipe import Stage
 from bar_ray.types import UserError, user_error_in
 
@@ -240,9 +240,9 @@ class LmWorker(Worker):
     def prepare(self) -> int:
         from bar_ray.data.batches import Batches
 
-        names = [n for n in self.step.inputs if n.startswith("data:")]
-        folders = [self.run.fetch(self.step.inputs[name]) for name in names]
-        shares = [self.step.settings["shares"][n.removeprefix("data:")] for n in names]
+        sources = inputs_of(self.step, "data")
+        folders = [self.run.fetch(tokens) for tokens in sources.values()]
+        shares = [self.step.settings["shares"][name] for name in sources]
         self.batches = Batches(folders, shares, self.stage, self.step.settings["seed"])
         return self.batches.num_steps
 
