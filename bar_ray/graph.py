@@ -47,7 +47,8 @@ class Step:
     """One node: what to run, on what, and where its output goes.
 
     `settings` is the setting tree the verb receives; only its meaning is hashed. `data` maps a
-    name to a data URI and its content fingerprint.
+    name to a data URI and its content fingerprint. `arm` tells people which of several models a
+    step is for.
     """
 
     verb: str
@@ -56,6 +57,7 @@ class Step:
     inputs: Mapping[str, "Step"] = field(default_factory=dict)
     data: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     storage_uri: str = ""
+    arm: str = field(default="", compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -77,7 +79,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        return f"{self.verb} {self.name}"
+        return f"{self.verb} {self.name}" + (f" ({self.arm})" if self.arm else "")
 
 
 def inputs_of(step: Step, kind: str) -> dict[str, Step]:
@@ -131,7 +133,8 @@ def plan(targets: Iterable[Step]) -> list[Planned]:
     planned: dict[str, Planned] = {}
     for step in topological(targets):
         reused = storage.read_manifest(step.artifact.uri) is not None
-        stale = [s.label for s in step.inputs.values() if not planned[key(s)].reused]
+        needed = [planned[key(each)] for each in step.inputs.values()]
+        stale = [each.step.label for each in needed if not each.reused]
         planned[key(step)] = Planned(step, reused, _reason(step, reused, stale))
     return list(planned.values())
 

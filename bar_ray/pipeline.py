@@ -38,9 +38,9 @@ class Pipeline:
         return [self.bar, *self.scores.values()]
 
 
-def build(recipe: Recipe) -> Pipeline:
-    """The build graph of a recipe."""
-    graph = Builder(recipe)
+def build(recipe: Recipe, arm: str = "") -> Pipeline:
+    """The build graph of a recipe; `arm` names it where there are several."""
+    graph = Builder(recipe, arm)
     base, branch = graph.start()
     stages = {name: graph.adapt(name, expert, branch) for name, expert in recipe.experts.items()}
     merged = graph.merge(branch, {name: list(done.values())[-1] for name, done in stages.items()})
@@ -187,8 +187,8 @@ def rollouts(recipe: Recipe, domain: str, steps: int) -> Step:
 class Builder:
     """Makes steps of one recipe."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, arm: str = "") -> None:
+        self.recipe, self.arm = recipe, arm
         self.tokenizer: Step | None = None
         self.world: Step | None = None
         if recipe.tiny is not None:
@@ -196,7 +196,7 @@ class Builder:
 
     def step(self, verb: str, name: str, settings: object, inputs: dict, data=None) -> Step:
         place = name.replace(" ", "-")
-        return Step(verb, place, settings, inputs, data or {}, self.recipe.storage)
+        return Step(verb, place, settings, inputs, data or {}, self.recipe.storage, self.arm)
 
     def start(self) -> tuple[Step, Step]:
         """The dense base, and the branch that every expert starts from."""

@@ -13,7 +13,7 @@ from bar_ray.claims.arms import Arms
 from bar_ray.claims.claims import CLAIMS, FAILS, HOLDS, NOISE, UNTESTED, Evidence, decide, worst
 from bar_ray.claims.joint import joint
 from bar_ray.claims.table import Table
-from bar_ray.graph import Step, topological
+from bar_ray.graph import Step, plan, topological
 from bar_ray.recipe import Merge, Recipe, Sft
 from bar_ray.types import UserError
 
@@ -79,6 +79,13 @@ def test_arms_reuse_what_the_recipe_makes_anyway(recipe: Recipe, arms: Arms) -> 
     assert added == {"merge", "route"}
     arms.add("bar", arms.bar.bar)
     assert arms.scores["bar"].artifact.uri in own, "scored once, for the recipe and for the claims"
+
+
+def test_steps_of_an_arm_say_so_and_shared_ones_do_not(arms: Arms) -> None:
+    few = arms.with_router("router, few", fraction=0.01)
+    labels = [each.step.label for each in plan([arms.bar.bar, few])]
+    assert len(set(labels)) == len(labels)
+    assert {"route bar", "route bar (router, few)", "sft math"} <= set(labels)
 
 
 def test_a_model_with_two_names_is_scored_once(arms: Arms) -> None:

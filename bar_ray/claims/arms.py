@@ -4,7 +4,8 @@ Each model is described by what it differs in from the recipe's own, so that arm
 can: the dense base, tokenised data, experts, the router's sample.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,7 @@ class Arms(pipeline.Builder):
         """The whole method with other settings of the recipe; its routed model is scored."""
         recipe = replace(self.recipe, **changed)
         pipeline.check_model(recipe)
-        built = pipeline.build(recipe)
+        built = pipeline.build(recipe, name)
         self.add(name, built.bar)
         return built
 
@@ -68,7 +69,16 @@ class Arms(pipeline.Builder):
 
     def expert(self, name: str, domain: str, expert: Expert) -> Step:
         """An expert alone, with other settings; scored as it is."""
-        return self.add(name, [*self.adapt(domain, expert, self.bar.branch).values()][-1])
+        with self._naming(name):
+            stages = self.adapt(domain, expert, self.bar.branch)
+        return self.add(name, [*stages.values()][-1])
+
+    @contextlib.contextmanager
+    def _naming(self, arm: str) -> Iterator[None]:
+        """Steps made meanwhile are for this arm."""
+        self.arm = arm
+        yield
+        self.arm = ""
 
     def with_router(self, name: str, **changed: Any) -> Step:
         """The merged model with another router training."""
@@ -145,6 +155,11 @@ class Arms(pipeline.Builder):
     def averaged(self, name: str, models: Mapping[str, Step], merge: Merge) -> Step:
         """Dense models made one dense model."""
         return self.add(name, self.step("average", name, merge, self._with_base(models)))
+
+    def routed(self, name: str, moe: Step) -> Step:
+        """A MoE with its router trained as the recipe says."""
+        with self._naming(name):
+            return self.add(name, self.route(moe))
 
     def btx(self, name: str, models: Mapping[str, Step], merge: Merge) -> Step:
         """Dense models as the experts of a MoE, untrained as a whole."""

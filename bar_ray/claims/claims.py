@@ -132,7 +132,7 @@ def btx_arms(arms: Arms) -> None:
     arms.add("bar", arms.bar.bar)
     models, base = arms.specialists(with_midtrain=True), arms.recipe.baselines
     one = Merge(rule="one", expert=base.btx_shared)
-    arms.add("BTX as published", arms.route(arms.btx("btx as published", models, one)))
+    arms.routed("BTX as published", arms.btx("btx as published", models, one))
     arms.finetuned("BTX", arms.btx("btx", models, Merge()))
 
 

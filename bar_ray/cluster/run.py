@@ -97,7 +97,7 @@ class Run:
         self.journal.event.remote(event, **who, **fields)
 
     def say(self, step: Step, line: str) -> None:
-        self.journal.say.remote(f"{step.name:<10} | {step.verb:<8} | {line}")
+        self.journal.say.remote(f"{step.arm or step.name:<10} | {step.verb:<8} | {line}")
 
 
 @ray.remote(num_cpus=0, max_retries=3)
