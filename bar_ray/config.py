@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bar_ray.recipe import ROLES, STAGES, Expert, Learn, Recipe, Rlvr, Stage
+from bar_ray.recipe import ROLES, SHARED, STAGES, Expert, Learn, Recipe, Rlvr, Stage
 from bar_ray.types import UserError
 
 DOMAIN_NAME = r"[\w][\w.-]*"
@@ -30,7 +30,7 @@ GRPO_CHOICES = {
 }
 MERGE_RULES = ("mean", "one", "sum", "ties", "fisher")
 SPACES = ("choice", "uniform", "loguniform")
-DENSE_ROLES = ("embedding", "attention", "norm", "lm_head", "expert")
+DENSE_ROLES = (*SHARED, "expert")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -46,6 +46,7 @@ class Learn:
 
 
 ROLES = tuple(f.name for f in fields(Learn))
+SHARED = ("embedding", "attention", "norm", "lm_head")  # the roles that a merge averages
 DENSE = Learn(embedding=1.0, attention=1.0, norm=1.0, lm_head=1.0, expert=1.0)
 
 

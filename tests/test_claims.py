@@ -4,17 +4,20 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bar_ray import config, pipeline
+from bar_ray import config, pipeline, storage
 from bar_ray.claims import claims, report
 from bar_ray.claims.arms import Arms
 from bar_ray.claims.claims import CLAIMS, FAILS, HOLDS, NOISE, UNTESTED, Evidence, decide, worst
+from bar_ray.claims.distance import moved
 from bar_ray.claims.joint import joint
 from bar_ray.claims.table import Table
 from bar_ray.graph import Step, plan, topological
-from bar_ray.recipe import Merge, Recipe, Sft
+from bar_ray.recipe import SHARED, Merge, Recipe, Sft
+from bar_ray.report.history import identity
 from bar_ray.types import UserError
 
 CATEGORIES = ("general", "math", "code", "tool_use", "safety")
@@ -170,13 +173,23 @@ def test_a_verdict_needs_every_seed_and_the_interval() -> None:
 # --- verdicts and the page ------------------------------------------------------------------------
 
 
-def test_every_claim_has_a_verdict_and_a_place_on_the_page(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.fixture
+def unmoved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no checkpoints to measure here."""
+    monkeypatch.setattr(claims, "moved", lambda *_: 1.5)
+
+
+def test_every_claim_has_a_verdict_and_a_place_on_the_page(
+    recipe: Recipe, tmp_path: Path, unmoved: None
+) -> None:
+    recipe = replace(recipe, storage=str(tmp_path))
     chosen = report.chosen(recipe)
     arms = report.arms_of(recipe, chosen)
     table = table_of({name: {} for name in arms.scores})
+    record_rewards(arms, {"math rlvr, all shared frozen": [0.2, 0.4]})
     found = report.judge(Evidence(table, recipe, {0: arms}), chosen)
     assert [claim["number"] for claim in found["claims"]] == [claim.number for claim in CLAIMS]
-    folder = report.write(replace(recipe, storage=str(tmp_path)), found, "python jobs/reproduce.py")
+    folder = report.write(recipe, found, "python jobs/reproduce.py")
     report.copy(folder, str(tmp_path / "docs"))
     page = (tmp_path / "docs" / "claims.md").read_text()
     written = json.loads((tmp_path / "report" / "claims.json").read_text())
@@ -185,6 +198,42 @@ def test_every_claim_has_a_verdict_and_a_place_on_the_page(recipe: Recipe, tmp_p
     for claim in written["claims"]:
         assert claim["verdict"] in (HOLDS, FAILS, NOISE) and claim["measured"], claim["claim"]
         assert f"## {claim['number']}. {claim['claim']}" in page
+    rewards = written["claims"][2]["curves"]["rewards-math"]["lines"]
+    assert [(at, each["mean"]) for at, each in rewards["all shared frozen"]] == [(1, 20), (2, 40)]
+
+
+def record_rewards(arms: Arms, rewards: dict[str, list[float]]) -> None:
+    """What a run would have written down about RLVR stages."""
+    rows = []
+    for name, curve in rewards.items():
+        verb, stage, fingerprint = identity(arms.models[name])
+        who = {"verb": verb, "name": stage, "fingerprint": fingerprint, "time": 0.0}
+        rows += [{**who, "step": n, "reward": reward} for n, reward in enumerate(curve, 1)]
+    place = Path(arms.recipe.storage, "runs", "1", "metrics.jsonl")
+    place.parent.mkdir(parents=True)
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_distance_of_shared_weights(small_moe: Path, tmp_path: Path) -> None:
+    """Experts are no part of it, and it is relative."""
+    from bar_ray.model import tensors
+    from bar_ray.model.tensors import Checkpoint
+
+    one = Checkpoint(small_moe)
+
+    def scaled(name: str) -> Any:
+        role = tensors.role_of(name)
+        return one[name] * (1.1 if role in SHARED else 3.0)
+
+    places = []
+    for name, tensor in (("one", one.__getitem__), ("other", scaled)):
+        step = Step("sft", name, {}, storage_uri=str(tmp_path))
+        made = tmp_path / f"{name}-made"
+        made.mkdir()
+        tensors.write(made, one.config, {n: one.spec(n) for n in one.names}, tensor)
+        storage.commit(str(made), step.artifact.uri, {})
+        places.append(step)
+    assert moved(*places) == pytest.approx(10, rel=1e-5)
 
 
 def test_verdicts_follow_the_scores(recipe: Recipe) -> None:
@@ -201,7 +250,7 @@ def test_verdicts_follow_the_scores(recipe: Recipe) -> None:
     )
 
 
-def test_a_recipe_without_rlvr_leaves_some_claims_untested() -> None:
+def test_a_recipe_without_rlvr_leaves_some_claims_untested(unmoved: None) -> None:
     without = [f"experts.{n}.rlvr=null" for n in ("math", "code")]
     recipe = config.load("conf/reproduce.yaml", without)
     chosen = report.chosen(recipe)

@@ -11,22 +11,33 @@ from typing import Any
 
 from bar_ray.claims import cost
 from bar_ray.claims.arms import GENERAL, Arms, frozen, general_data
-from bar_ray.claims.table import Estimate, Table
-from bar_ray.recipe import Expert, Merge, Recipe
+from bar_ray.claims.distance import moved
+from bar_ray.claims.table import Estimate, Table, exactly
+from bar_ray.recipe import SHARED, Expert, Merge, Recipe
+from bar_ray.report import history
 
-SHARED = ("embedding", "attention", "norm", "lm_head")
 HOLDS, FAILS, NOISE, UNTESTED = "holds", "does not hold", "within noise", "not testable here"
 MARGIN = 5.0  # points: a loss below it is called little
 PAPER = "BAR (arXiv 2604.18473)"
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Lines over a number, for a picture. Each is (x, what was measured there), by x."""
+
+    x: str
+    y: str
+    lines: dict[str, list[tuple[float, Estimate]]]
+
+
 @dataclass
 class Finding:
-    """What was measured for one claim."""
+    """What was measured for one claim; `curves` by the name of their picture."""
 
     verdict: str
     why: str
     measured: dict[str, Estimate] = field(default_factory=dict)
+    curves: dict[str, Curves] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,7 +239,23 @@ def rlvr(found: Evidence) -> Finding:
         f"a gain beyond noise with {frozen_name} refutes it; without one, learning all must gain "
         "more beyond noise"
     )
-    return Finding(worst(verdicts), why, measured)
+    curves = {f"rewards-{domain}": rewards(found, domain) for domain in rl_domains(recipe)}
+    return Finding(worst(verdicts), why, measured, curves)
+
+
+def rewards(found: Evidence, domain: str) -> Curves:
+    """Mean reward of the rollouts of every RLVR step, as recorded."""
+    lines = {}
+    for name in (*RLVR, ANCHOR_TOO):
+        by_step: dict[float, list[float]] = {}
+        for arms in found.arms.values():
+            step = arms.models[f"{domain} rlvr, {name}"]
+            recorded = history.read(found.recipe.storage, [step], "").metrics
+            for row in recorded.get(history.identity(step), []):
+                by_step.setdefault(row["step"], []).append(100 * row["reward"])
+        line = [(at, exactly(values, "percent")) for at, values in sorted(by_step.items())]
+        lines[name] = line
+    return Curves("RLVR step", f"mean reward of {domain} rollouts, percent", lines)
 
 
 # --- 4: mixed SFT ---------------------------------------------------------------------------------
@@ -270,18 +297,21 @@ def mixing_arms(arms: Arms) -> None:
 def mixing(found: Evidence, category: str = GENERAL) -> Finding:
     table, recipe = found.table, found.recipe
     measured: dict[str, Estimate] = {}
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
     verdicts = []
     for domain in mixing_domains(recipe):
         for share in shares(recipe, domain):
             name = f"{domain}, {share:.0%} general"
-            measured[f"{name}: {category}"] = table.score(name, category)
-            measured[f"{name}: {domain}"] = table.score(name, domain)
+            for each in (category, domain):
+                measured[f"{name}: {each}"] = score = table.score(name, each)
+                lines.setdefault(f"{domain} expert: {each}", []).append((100 * share, score))
         alone, both = (f"{domain}, {s:.0%} general" for s in (0, own_share(recipe, domain)))
         lost = table.difference(both, alone, category)
         measured[f"{domain}, mixed - alone: {category}"] = lost
         verdicts.append(decide(lost))
     why = f"{category} ability of a domain-only SFT against the recipe's mixture"
-    return Finding(worst(verdicts), why, measured)
+    curves = {"mixing": Curves("general data in SFT, percent of rows", "percent right", lines)}
+    return Finding(worst(verdicts), why, measured, curves)
 
 
 # --- 5: averaging ---------------------------------------------------------------------------------
@@ -334,6 +364,9 @@ def averaging(found: Evidence) -> Finding:
         measured[f"{domain}: bar - its expert"] = costs[-1]
         pair = FULL_RATE, f"{domain} expert, {FULL_RATE}"
         measured[f"{domain}: the same, {FULL_RATE}"] = table.difference(*pair, domain)
+        for name in (f"{domain} expert", f"{domain} expert, {FULL_RATE}"):
+            far = [moved(arms.bar.branch, arms.models[name]) for arms in found.arms.values()]
+            measured[f"{name}: shared weights moved by"] = exactly(far, "% of their norm")
     for name in merges(recipe):
         measured[f"{name} - bar"] = table.difference(name, "bar")
     why = f"no domain falls more than {MARGIN:g} points below its own expert"
@@ -347,7 +380,7 @@ def router_arms(arms: Arms) -> None:
     recipe = arms.recipe
     router, settings = recipe.router, recipe.reproduce
     arms.add("bar", arms.bar.bar)
-    arms.add("router, no steps", arms.bar.merged)
+    arms.add("router, 0 steps", arms.bar.merged)
     for fraction in settings.fractions:
         arms.with_router(f"router, {fraction:.0%} of the data", fraction=fraction)
     for steps in settings.router_steps:
@@ -390,7 +423,23 @@ def routing(found: Evidence) -> Finding:
         f"all of the sources' data at equal steps is at most {MARGIN:g} points better: {enough}; "
         f"all SFT data for {LONGER[-1]} times the steps takes RLVR's gain away: {worst(undone)}"
     )
-    return Finding(worst([enough, *undone]), why, measured)
+    return Finding(worst([enough, *undone]), why, measured, router_curves(found))
+
+
+def router_curves(found: Evidence) -> dict[str, Curves]:
+    table, recipe = found.table, found.recipe
+    fractions = [
+        (100 * each, table.score(f"router, {each:.0%} of the data"))
+        for each in sorted(recipe.reproduce.fractions)
+    ]
+    models = {n: f"router, {n} steps" for n in (0, *recipe.reproduce.router_steps)}
+    models[recipe.router.steps] = "bar"
+    steps = [(float(n), table.score(models[n])) for n in sorted(models)]
+    y = "overall, percent right"
+    return {
+        "router-data": Curves("percent of the router's SFT sources", y, {"bar": fractions}),
+        "router-steps": Curves("steps of router training", y, {"bar": steps}),
+    }
 
 
 # --- 9: active experts ----------------------------------------------------------------------------
@@ -411,11 +460,13 @@ def active_experts(found: Evidence) -> Finding:
     names = [f"{count} experts active" for count in active(recipe)]
     measured = {f"{name} - bar": table.difference(name, "bar") for name in names}
     fewest = table.difference("bar", names[-1])
+    scores = [(float(n), table.score(f"{n} experts active")) for n in sorted(active(recipe))]
+    curves = {"active": Curves("active experts", "overall, percent right", {"bar": scores})}
     why = (
         "fewer active experts cost score: bar against the fewest; one is refused, as its router "
         "gets no gradient in post-norm blocks"
     )
-    return Finding(decide(fewest), why, measured)
+    return Finding(decide(fewest), why, measured, curves)
 
 
 # --- 10: upgrades ---------------------------------------------------------------------------------
@@ -491,7 +542,13 @@ def costs(found: Evidence) -> Finding:
         "cumulative cost of all updates, BAR below retraining in tokens, FLOPs and seconds; "
         "retraining is modelled from one measured retraining on all domains"
     )
-    return Finding(worst(verdicts), why, measured)
+    unit, counts = cost.NAMES["flops"], range(1, num_domains + 1)
+    lines = {
+        kind: [(float(n), measured[f"{kind}, {unit}, {n} updates"]) for n in counts]
+        for kind in ("BAR", "retraining")
+    }
+    x, y = "domains updated, one after the other", f"training, {unit} in all"
+    return Finding(worst(verdicts), why, measured, {"cost": Curves(x, y, lines)})
 
 
 CLAIMS = (

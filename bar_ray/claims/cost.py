@@ -5,15 +5,14 @@ token in the forward pass, as many for the gradient of activations, and two per 
 attention scores are left out, which short contexts hardly notice.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from statistics import fmean
 
 from bar_ray import storage
 from bar_ray.claims.arms import Arms
-from bar_ray.claims.table import Estimate
+from bar_ray.claims.table import Estimate, exactly
 from bar_ray.graph import Step, topological
 from bar_ray.recipe import Learn, Recipe, Rlvr
 from bar_ray.report import history
@@ -101,7 +100,7 @@ def arms(arms: Arms) -> None:
 def measure(recipe: Recipe, by_seed: Mapping[int, Arms]) -> dict[str, Estimate]:
     """Cumulative cost of 1 to n updates under BAR and under retraining, over the seeds."""
     num_domains = len(recipe.experts)
-    curves: dict[str, list[list[float]]] = {}
+    curves: dict[tuple[str, str], list[list[float]]] = {}
     for each in by_seed.values():
         retrained = each.models["retrain with mid-training"]
         steps = topological([each.bar.bar, retrained])
@@ -113,14 +112,9 @@ def measure(recipe: Recipe, by_seed: Mapping[int, Arms]) -> dict[str, Estimate]:
         for kind, updates in kinds.items():
             for unit, size in UNITS.items():
                 curve = [value / size for value in accumulate(getattr(c, unit) for c in updates)]
-                curves.setdefault(f"{kind}, {NAMES[unit]}", []).append(curve)
+                curves.setdefault((kind, NAMES[unit]), []).append(curve)
     return {
-        f"{name}, {count + 1} updates": exactly([curve[count] for curve in of_seeds])
-        for name, of_seeds in curves.items()
+        f"{kind}, {unit}, {count + 1} updates": exactly([each[count] for each in of_seeds], unit)
+        for (kind, unit), of_seeds in curves.items()
         for count in range(num_domains)
     }
-
-
-def exactly(values: Sequence[float]) -> Estimate:
-    """A quantity without test items: its interval is the range of the seeds."""
-    return Estimate(fmean(values), tuple(values), min(values), max(values))

@@ -1,15 +1,17 @@
 """Pictures of the claims, from nothing but the content of claims.json; SVG, legible in print."""
 
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
+
+from bar_ray.claims.table import PERCENT, POINTS
 
 Measured = Mapping[str, Mapping[str, Any]]
 MATRIX = "scores.svg"
@@ -21,18 +23,26 @@ STYLE = {
 
 
 def draw(found: Mapping[str, Any]) -> dict[str, bytes]:
-    """File name -> SVG, of every claim that has a picture."""
-    claims = {claim["number"]: claim["measured"] for claim in found["claims"]}
+    """File name -> SVG: the scores, and of every claim its rows and its curves."""
     scores = found["scores"]
-    drawn = {MATRIX: _picture(lambda axes: matrix(axes, scores), (7, 1 + 0.17 * len(scores)))}
-    for number, (name, plot) in PLOTS.items():
-        if measured := claims.get(number):
-            drawn[f"{number}-{name}.svg"] = _picture(partial(_swapped, plot, measured))
+    drawn = {MATRIX: _picture(partial(matrix, scores=scores), (7, 1 + 0.17 * len(scores)))}
+    for claim in found["claims"]:
+        number = claim["number"]
+        if shown := _shown(claim):
+            size = (6.5, 1 + 0.19 * len(shown))
+            drawn[f"{number}-rows.svg"] = _picture(partial(points, measured=shown), size)
+        for name, each in claim["curves"].items():
+            drawn[f"{number}-{name}.svg"] = _picture(partial(curves, **each))
     return drawn
 
 
-def _swapped(plot: Callable[[Axes, Measured], None], measured: Measured, axes: Axes) -> None:
-    plot(axes, measured)
+def _shown(claim: Mapping[str, Any]) -> Measured:
+    """Rows of one unit that make a picture: the differences, or what else there is no curve of."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, each in claim["measured"].items():
+        kinds.setdefault(each["unit"], {})[name] = each
+    differences, scores = kinds.get(POINTS, {}), kinds.get(PERCENT, {})
+    return differences if len(differences) > 1 or claim["curves"] else scores
 
 
 def _picture(plot: Callable[[Axes], None], size: tuple[float, float] = (6.5, 3.6)) -> bytes:
@@ -58,7 +68,7 @@ def matrix(axes: Axes, scores: Mapping[str, Measured]) -> None:
     axes.set_xlabel("percent right, mean over seeds")
 
 
-def points(axes: Axes, measured: Measured, unit: str = "points") -> None:
+def points(axes: Axes, measured: Measured) -> None:
     """A dot per row with its interval; small marks are the seeds."""
     names = list(measured)
     for place, name in enumerate(names):
@@ -69,73 +79,26 @@ def points(axes: Axes, measured: Measured, unit: str = "points") -> None:
     axes.axvline(0, color="#444", lw=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
+    unit = next(iter(measured.values()))["unit"]
     axes.set_xlabel(f"{unit}; line: 95 % over test items, ticks: seeds")
 
 
-def differences(axes: Axes, measured: Measured) -> None:
-    points(axes, {name: each for name, each in measured.items() if " - " in name})
-
-
-def curve(axes: Axes, lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]) -> None:
+def curves(
+    axes: Axes, x: str, y: str, lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+) -> None:
     """Lines over a number, with the range of the seeds."""
-    for colour, (label, line) in zip(COLOURS * 4, lines.items(), strict=False):
-        xs = [x for x, _ in line]
-        axes.plot(xs, [each["mean"] for _, each in line], "o-", color=colour, label=label, ms=4)
+    for colour, (label, line) in zip(cycle(COLOURS), lines.items(), strict=False):
+        xs = [at for at, _ in line]
+        axes.plot(xs, [each["mean"] for _, each in line], "o-", color=colour, label=label, ms=3)
         lows, highs = ([f(each["by_seed"]) for _, each in line] for f in (min, max))
         axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, lw=0)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def by_number(
-    measured: Measured, pattern: str, label: Callable[[re.Match], str]
-) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
-    """Rows whose name holds a number (group `x`), as lines."""
-    lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
-    for name, each in measured.items():
-        if match := re.fullmatch(pattern, name):
-            lines.setdefault(label(match), []).append((float(match["x"]), each))
-    return {name: sorted(line, key=lambda pair: pair[0]) for name, line in lines.items()}
-
-
-def mixing(axes: Axes, measured: Measured) -> None:
-    pattern = r"(?P<expert>\w+), (?P<x>\d+)% general: (?P<category>\w+)"
-    curve(axes, by_number(measured, pattern, lambda m: f"{m['expert']} expert: {m['category']}"))
-    axes.set(xlabel="general data in SFT, percent of rows", ylabel="percent right", ylim=(-3, 103))
-
-
-def routing(axes: Axes, measured: Measured) -> None:
-    curve(axes, by_number(measured, r"router, (?P<x>\d+)% of the data - bar", lambda m: "sample"))
-    axes.axhline(0, color="#444", lw=0.8)
-    axes.set(xlabel="percent of the SFT data", ylabel="overall, points over the recipe's sample")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-
-
-def active(axes: Axes, measured: Measured) -> None:
-    curve(axes, by_number(measured, r"(?P<x>\d+) experts active - bar", lambda m: "active"))
-    axes.axhline(0, color="#444", lw=0.8)
-    axes.set(xlabel="active experts", ylabel="overall, points over all experts active")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def cost(axes: Axes, measured: Measured) -> None:
-    pattern = r"(?P<kind>.+), TFLOP, (?P<x>\d+) updates"
-    curve(axes, by_number(measured, pattern, lambda m: m["kind"]))
-    axes.set(xlabel="domains updated, one after the other", ylabel="training, TFLOP in all")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-PLOTS: dict[int, tuple[str, Callable[[Axes, Measured], None]]] = {
-    1: ("baselines", differences),
-    2: ("new-tokens", points),
-    3: ("rlvr-freezing", points),
-    4: ("mixing", mixing),
-    5: ("averaging", points),
-    8: ("router-data", routing),
-    9: ("active-experts", active),
-    10: ("upgrades", points),
-    11: ("cost", cost),
-    12: ("late-rl", points),
-}
+    places = sorted({at for line in lines.values() for at, _ in line})
+    if places and 0 < 20 * places[0] < places[-1]:
+        axes.set_xscale("log")
+        axes.set_xticks(places, [f"{at:g}" for at in places])
+        axes.minorticks_off()
+    elif all(at == int(at) for at in places):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=x, ylabel=y)

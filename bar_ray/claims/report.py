@@ -64,6 +64,7 @@ def _entry(claim: Claim, finding: Finding) -> dict[str, Any]:
         **{"number": claim.number, "claim": claim.text, "source": PAPER},
         **{"published": claim.published, "verdict": finding.verdict, "why": finding.why},
         "measured": {name: asdict(each) for name, each in finding.measured.items()},
+        "curves": {name: asdict(each) for name, each in finding.curves.items()},
     }
 
 
@@ -126,19 +127,22 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _estimate(values: Mapping[str, Any]) -> Estimate:
+    return Estimate(**{**values, "by_seed": tuple(values["by_seed"])})
+
+
 def _row(name: str, values: Mapping[str, Any]) -> str:
-    each = Estimate(**{**values, "by_seed": tuple(values["by_seed"])})
+    each = _estimate(values)
     by_seed = ", ".join(f"{value:.1f}" for value in each.by_seed)
-    return f"| {name} | {each.mean:.1f} | {each.low:.1f} to {each.high:.1f} | {by_seed} |"
+    interval = f"{each.low:.1f} to {each.high:.1f}"
+    return f"| {name} | {each.mean:.1f} {each.unit} | {interval} | {by_seed} |"
 
 
 def _scores(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     categories = list(next(iter(scores.values())))
     lines = [f"| | {' | '.join(categories)} |", "|---" * (len(categories) + 1) + "|"]
     for model, row in scores.items():
-        cells = []
-        for category in categories:
-            each = Estimate(**{**row[category], "by_seed": tuple(row[category]["by_seed"])})
-            cells.append(f"{each.mean:.1f} ± {each.spread:.1f}")
+        each = [_estimate(row[category]) for category in categories]
+        cells = [f"{score.mean:.1f} ± {score.spread:.1f}" for score in each]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return lines

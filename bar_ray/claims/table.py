@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev, variance
 
@@ -12,17 +12,19 @@ from bar_ray.graph import Step
 
 Items = Mapping[str, Mapping[str, float]]  # by category and item
 OVERALL = "overall"
+PERCENT, POINTS = "percent right", "points"
 Z95 = 1.96
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A quantity in points, over seeds; `low` and `high` are its 95 % interval over test items."""
+    """A quantity over seeds; `low` and `high` are its 95 % interval over test items."""
 
     mean: float
     by_seed: tuple[float, ...]
     low: float
     high: float
+    unit: str = POINTS
 
     @property
     def spread(self) -> float:
@@ -40,6 +42,11 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def exactly(values: Sequence[float], unit: str) -> Estimate:
+    """A quantity without test items, of each seed: its interval is the range of the seeds."""
+    return Estimate(fmean(values), tuple(values), min(values), max(values), unit)
 
 
 class Table:
@@ -64,7 +71,7 @@ class Table:
 
     def score(self, model: str, category: str = OVERALL) -> Estimate:
         """Percent right of one model."""
-        return self._estimate([(model, 1.0)], category)
+        return replace(self._estimate([(model, 1.0)], category), unit=PERCENT)
 
     def difference(self, model: str, other: str, category: str = OVERALL) -> Estimate:
         """How far `model` is above `other`, paired by item."""

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from bar_ray.model import experts, tensors
+from bar_ray.recipe import SHARED
 from bar_ray.stages import lm
-
-SHARED = ("embedding", "attention", "norm", "lm_head")
 
 
 class FisherWorker(lm.LmWorker):
