@@ -428,10 +428,9 @@ def routing(found: Evidence) -> Finding:
 
 def router_curves(found: Evidence) -> dict[str, Curves]:
     table, recipe = found.table, found.recipe
-    fractions = [
-        (100 * each, table.score(f"router, {each:.0%} of the data"))
-        for each in sorted(recipe.reproduce.fractions)
-    ]
+    samples = {each: f"router, {each:.0%} of the data" for each in recipe.reproduce.fractions}
+    samples[recipe.router.fraction] = "bar"
+    fractions = [(100 * each, table.score(samples[each])) for each in sorted(samples)]
     models = {n: f"router, {n} steps" for n in (0, *recipe.reproduce.router_steps)}
     models[recipe.router.steps] = "bar"
     steps = [(float(n), table.score(models[n])) for n in sorted(models)]

@@ -95,7 +95,7 @@ def curves(
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     places = sorted({at for line in lines.values() for at, _ in line})
-    if places and 0 < 20 * places[0] < places[-1]:
+    if places and len(places) < 10 and 0 < 20 * places[0] < places[-1]:
         axes.set_xscale("log")
         axes.set_xticks(places, [f"{at:g}" for at in places])
         axes.minorticks_off()
