@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("L0", "kernels"),
     ("L1", "types recipe log"),
-    ("L1", "config storage"),
+    ("L1", "config storage cost"),
     ("L1", "graph"),
     ("L2", "model data rewards cluster registry"),
     ("L3", "train"),

@@ -1,8 +1,7 @@
 """What an update costs: tokens, FLOPs and seconds of training, by domain.
 
-Tokens and seconds are what the runs recorded. FLOPs are counted: two per weight of a matrix and
-token in the forward pass, as many for the gradient of activations, and two per weight that learns;
-attention scores are left out, which short contexts hardly notice.
+Tokens and seconds are what the runs recorded. FLOPs are counted from the model's sizes
+(`bar_ray.cost`), rollouts as forward passes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,11 +12,11 @@ from itertools import accumulate
 from bar_ray import storage
 from bar_ray.claims.arms import Arms
 from bar_ray.claims.table import Estimate, exactly
+from bar_ray.cost import Shape
 from bar_ray.graph import Step, topological
-from bar_ray.recipe import Learn, Recipe, Rlvr
+from bar_ray.recipe import Recipe, Rlvr
 from bar_ray.report import history
 
-NO_MATRIX = ("embedding", "norm")
 UNITS = {"tokens": 1e6, "flops": 1e12, "seconds": 60.0}
 NAMES = {"tokens": "million tokens", "flops": "TFLOP", "seconds": "minutes of training"}
 
@@ -43,32 +42,19 @@ def cost_of(steps: Iterable[Step], past: history.History) -> dict[str, Cost]:
             continue
         stage = step.settings["stage"]
         tokens = history.tokens_of(rows)
-        weights = matrix_weights(step.inputs["model"].artifact.uri)
-        flops = tokens * flops_per_token(weights, stage.learn)
+        per_token = shape_of(step.inputs["model"].artifact.uri).flops(stage.learn, stage.seq_len)
+        flops = tokens * per_token.total
         if isinstance(stage, Rlvr):
             drawn = sum(row.get("rollout_tokens", 0.0) for row in rows)
-            flops += 2 * drawn * sum(weights.values())
+            flops += drawn * per_token.forward
         found[step.artifact.uri] = Cost(tokens, flops, history.seconds_of(rows))
     return found
 
 
-def flops_per_token(weights: Mapping[str, int], learn: Learn) -> float:
-    trained = sum(number for role, number in weights.items() if getattr(learn, role))
-    return 4 * sum(weights.values()) + 2 * trained
-
-
 @lru_cache(maxsize=64)
-def matrix_weights(uri: str) -> dict[str, int]:
-    """Weights that a token is multiplied with, by role."""
-    from bar_ray.model import tensors
-
-    checkpoint = tensors.Checkpoint(storage.fetch(uri))
-    found: dict[str, int] = {}
-    for name in checkpoint.names:
-        role, shape = tensors.role_of(name), checkpoint.spec(name).shape
-        if role not in NO_MATRIX and len(shape) == 2:
-            found[role] = found.get(role, 0) + shape[0] * shape[1]
-    return found
+def shape_of(uri: str) -> Shape:
+    """Of a checkpoint on the storage."""
+    return Shape.of(storage.read_json(storage.join(uri, "config.json")))
 
 
 def bar_updates(arms: Arms, costs: Mapping[str, Cost]) -> list[Cost]:
