@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from bar_ray import storage
+from bar_ray.log import titled
 from bar_ray.recipe import meaning
 from bar_ray.types import Artifact
 
@@ -79,7 +80,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        return f"{self.verb} {self.name}" + (f" ({self.arm})" if self.arm else "")
+        return f"{self.verb} {titled(self.name, self.arm)}"
 
 
 def inputs_of(step: Step, kind: str) -> dict[str, Step]:

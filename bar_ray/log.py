@@ -13,9 +13,15 @@ COLUMNS = {
 }
 
 
+def titled(name: str, arm: str) -> str:
+    """What a step makes, and for which of several models."""
+    return f"{name} ({arm})" if arm else name
+
+
 def step_line(record: dict[str, Any]) -> str:
     """`math     | rlvr     |  12/60  | loss 0.4127 | reward 0.612 | ... | eta 1m52s`."""
-    parts = [f"{record['name']:<10}", f"{record['verb']:<8}"]
+    title = titled(record["name"], record.get("arm", ""))
+    parts = [f"{title:<10}", f"{record['verb']:<8}"]
     width = len(str(record["steps"]))
     parts.append(f"{record['step']:>{width}}/{record['steps']}")
     parts += [form.format(record[name]) for name, form in COLUMNS.items() if name in record]

@@ -26,7 +26,8 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     claims = report.chosen(recipe)
     seeds = recipe.reproduce.seeds
-    arms = {seed: report.arms_of(replace(recipe, seed=seed), claims) for seed in seeds}
+    names = {seed: f"seed {seed}" if len(seeds) > 1 else "" for seed in seeds}
+    arms = {s: report.arms_of(replace(recipe, seed=s), claims, names[s]) for s in seeds}
     targets = [step for each in arms.values() for step in each.scores.values()]
     if args.plan:
         return session.show_plan(targets)

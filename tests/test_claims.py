@@ -91,6 +91,14 @@ def test_steps_of_an_arm_say_so_and_shared_ones_do_not(arms: Arms) -> None:
     assert {"route bar", "route bar (router, few)", "sft math"} <= set(labels)
 
 
+def test_steps_of_several_seeds_say_which(recipe: Recipe) -> None:
+    each = [Arms(replace(recipe, seed=seed), f"seed {seed}") for seed in (0, 1)]
+    targets = [step for arms in each for step in (arms.bar.bar, arms.with_router("few", steps=1))]
+    labels = [one.step.label for one in plan(targets)]
+    assert len(set(labels)) == len(labels)
+    assert {"sft math (seed 1)", "route bar (seed 0: few)"} <= set(labels)
+
+
 def test_a_model_with_two_names_is_scored_once(arms: Arms) -> None:
     arms.add("one", arms.base)
     arms.add("two", arms.base)

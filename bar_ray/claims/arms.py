@@ -17,12 +17,16 @@ from bar_ray.types import UserError
 
 
 class Arms(pipeline.Builder):
-    """The models of one recipe (one seed), by name, and their evaluations."""
+    """The models of one recipe (one seed), by name, and their evaluations.
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
+    `seed` is what steps are labelled with where there are several.
+    """
+
+    def __init__(self, recipe: Recipe, seed: str = "") -> None:
+        super().__init__(recipe, seed)
+        self.seed = seed
         self.base, self.pretrained = self.dense()
-        self.bar = pipeline.build(recipe)
+        self.bar = pipeline.build(recipe, seed)
         self.models: dict[str, Step] = {}
         self.composed: dict[str, Step] = {}  # evaluations that are put together from others
         own = self.bar.scores.values()
@@ -56,7 +60,7 @@ class Arms(pipeline.Builder):
         """The whole method with other settings of the recipe; its routed model is scored."""
         recipe = replace(self.recipe, **changed)
         pipeline.check_model(recipe)
-        built = pipeline.build(recipe, name)
+        built = pipeline.build(recipe, self._arm(name))
         self.add(name, built.bar)
         return built
 
@@ -76,9 +80,12 @@ class Arms(pipeline.Builder):
     @contextlib.contextmanager
     def _naming(self, arm: str) -> Iterator[None]:
         """Steps made meanwhile are for this arm."""
-        self.arm = arm
+        self.arm = self._arm(arm)
         yield
-        self.arm = ""
+        self.arm = self.seed
+
+    def _arm(self, name: str) -> str:
+        return f"{self.seed}: {name}" if self.seed else name
 
     def with_router(self, name: str, **changed: Any) -> Step:
         """The merged model with another router training."""

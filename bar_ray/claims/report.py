@@ -33,11 +33,11 @@ def chosen(recipe: Recipe) -> list[Claim]:
     return [known[number] for number in recipe.reproduce.claims or known]
 
 
-def arms_of(recipe: Recipe, claims: Sequence[Claim]) -> Arms:
+def arms_of(recipe: Recipe, claims: Sequence[Claim], seed: str = "") -> Arms:
     """Every model that the claims compare."""
     why = f"claims are judged by a category for each expert and `{GENERAL}`"
     require_categories(recipe, [*recipe.experts, GENERAL], why)
-    arms = Arms(recipe)
+    arms = Arms(recipe, seed)
     for claim in claims:
         claim.arms(arms)
     return arms

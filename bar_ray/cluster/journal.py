@@ -14,12 +14,12 @@ import ray
 from ray.util.metrics import Gauge
 
 from bar_ray import storage
-from bar_ray.log import step_line
+from bar_ray.log import step_line, titled
 
 CONSOLE_EVERY_S = 5.0
 UPLOAD_EVERY_S = 10.0
 NAMES = ("events.jsonl", "metrics.jsonl")
-NOT_METRICS = ("time", "verb", "name", "fingerprint", "step", "steps", "eta_s")
+NOT_METRICS = ("time", "verb", "name", "arm", "fingerprint", "step", "steps", "eta_s")
 
 
 @ray.remote(num_cpus=0, max_concurrency=1)
@@ -64,26 +64,30 @@ class Journal:
     def metrics(self, record: dict[str, Any]) -> None:
         """Numbers of one training step; `verb`, `name`, `step`, `steps` say whose."""
         self._write("metrics.jsonl", {"time": time.time(), **record})
-        who = f"{record['verb']}/{record['name']}"
+        title = titled(record["name"], record.get("arm", ""))
+        who = f"{record['verb']}/{title}"
         last = record["step"] == record["steps"]
         if last or time.monotonic() - self.shown.get(who, 0.0) >= CONSOLE_EVERY_S:
             self.shown[who] = time.monotonic()
             self.lines.append(step_line(record))
         for name, value in record.items():
             if name not in NOT_METRICS and isinstance(value, int | float):
-                self._publish(who, record, name, value)
+                self._publish(who, record["step"], name, value)
+                self._gauge(name).set(value, tags={"expert": title, "stage": record["verb"]})
 
-    def _publish(self, who: str, record: dict[str, Any], name: str, value: float) -> None:
+    def _publish(self, who: str, step: int, name: str, value: float) -> None:
         if who not in self.board:
             from tensorboardX import SummaryWriter  # imports torch: seconds
 
             folder = os.path.join(self.folder, "tensorboard", who)
             self.board[who] = SummaryWriter(folder, flush_secs=10)
-        self.board[who].add_scalar(name, value, record["step"])
+        self.board[who].add_scalar(name, value, step)
+
+    def _gauge(self, name: str) -> Gauge:
         if name not in self.gauges:
             metric = "bar_ray_" + re.sub(r"\W", "_", name)
             self.gauges[name] = Gauge(metric, f"{name} of a stage", tag_keys=("expert", "stage"))
-        self.gauges[name].set(value, tags={"expert": record["name"], "stage": record["verb"]})
+        return self.gauges[name]
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         self.files[name].write(json.dumps(record) + "\n")

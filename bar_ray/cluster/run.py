@@ -23,7 +23,7 @@ from bar_ray.cluster.pool import Standing, demand_of, holder
 from bar_ray.cluster.quota import Demand, missing
 from bar_ray.cluster.sharing import PoolClient
 from bar_ray.graph import VERBS, Planned, Step, key, topological
-from bar_ray.log import duration
+from bar_ray.log import duration, titled
 from bar_ray.recipe import Recipe, meaning
 from bar_ray.types import UserError, user_error_in
 
@@ -97,7 +97,7 @@ class Run:
         self.journal.event.remote(event, **who, **fields)
 
     def say(self, step: Step, line: str) -> None:
-        self.journal.say.remote(f"{step.arm or step.name:<10} | {step.verb:<8} | {line}")
+        self.journal.say.remote(f"{titled(step.name, step.arm):<10} | {step.verb:<8} | {line}")
 
 
 @ray.remote(num_cpus=0, max_retries=3)

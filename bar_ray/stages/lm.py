@@ -211,6 +211,7 @@ class Worker:
         self.run.journal.metrics.remote(
             {
                 **{"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint},
+                **({"arm": step.arm} if step.arm else {}),
                 **{"step": self.engine.step, "steps": self.num_steps, "eta_s": left},
                 **{k: v for k, v in metrics.items() if k != "tokens"},
                 "tokens_per_s": metrics["tokens"] / seconds,
