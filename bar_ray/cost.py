@@ -44,7 +44,6 @@ class Shape:
     vocab: int
     experts: int = 0
     active: int = 1
-    tied: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
@@ -61,7 +60,6 @@ class Shape:
             vocab=config["vocab_size"],
             experts=experts,
             active=config.get("num_experts_per_tok") or 1,
-            tied=bool(config.get("tie_word_embeddings")),
         )
 
     def matrices(self) -> dict[str, int]:

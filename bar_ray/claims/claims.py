@@ -7,6 +7,7 @@ nothing is lost holds when the interval stays above minus `MARGIN` points.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from bar_ray.claims import cost
@@ -245,16 +246,17 @@ def rlvr(found: Evidence) -> Finding:
 
 def rewards(found: Evidence, domain: str) -> Curves:
     """Mean reward of the rollouts of every RLVR step, as recorded."""
+    steps = {
+        name: [arms.models[f"{domain} rlvr, {name}"] for arms in found.arms.values()]
+        for name in (*RLVR, ANCHOR_TOO)
+    }
+    recorded = history.read(found.recipe.storage, [*chain(*steps.values())], "").metrics
     lines = {}
-    for name in (*RLVR, ANCHOR_TOO):
+    for name, of_seeds in steps.items():
         by_step: dict[float, list[float]] = {}
-        for arms in found.arms.values():
-            step = arms.models[f"{domain} rlvr, {name}"]
-            recorded = history.read(found.recipe.storage, [step], "").metrics
-            for row in recorded.get(history.identity(step), []):
-                by_step.setdefault(row["step"], []).append(100 * row["reward"])
-        line = [(at, exactly(values, "percent")) for at, values in sorted(by_step.items())]
-        lines[name] = line
+        for row in chain(*(recorded.get(history.identity(step), ()) for step in of_seeds)):
+            by_step.setdefault(row["step"], []).append(100 * row["reward"])
+        lines[name] = [(at, exactly(each, "percent")) for at, each in sorted(by_step.items())]
     return Curves("RLVR step", f"mean reward of {domain} rollouts, percent", lines)
 
 
@@ -432,7 +434,8 @@ def router_curves(found: Evidence) -> dict[str, Curves]:
     samples[recipe.router.fraction] = "bar"
     fractions = [(100 * each, table.score(samples[each])) for each in sorted(samples)]
     models = {n: f"router, {n} steps" for n in (0, *recipe.reproduce.router_steps)}
-    models[recipe.router.steps] = "bar"
+    if recipe.router.steps:  # 0 stands for `epochs`: no place on this axis
+        models[recipe.router.steps] = "bar"
     steps = [(float(n), table.score(models[n])) for n in sorted(models)]
     y = "overall, percent right"
     return {
