@@ -58,7 +58,7 @@ class Step:
     inputs: Mapping[str, "Step"] = field(default_factory=dict)
     data: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     storage_uri: str = ""
-    arm: str = field(default="", compare=False)
+    arm: str = field(default="", compare=False, kw_only=True)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,7 +94,7 @@ def inputs_of(step: Step, kind: str) -> dict[str, Step]:
 class Published(Step):
     """A step whose output is there, whatever made it: a version from the registry."""
 
-    known: str = ""
+    known: str = field(default="", kw_only=True)
 
     @cached_property
     def fingerprint(self) -> str:

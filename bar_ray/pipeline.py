@@ -93,7 +93,7 @@ def _own_stages(recipe: Recipe, domain: str, version: Version) -> dict[str, Step
 
 def _recorded(recipe: Recipe, line: str) -> Published:
     verb, name, fingerprint = line.split()
-    return Published(verb, name, {}, {}, {}, recipe.storage, fingerprint)
+    return Published(verb, name, {}, storage_uri=recipe.storage, known=fingerprint)
 
 
 def published(recipe: Recipe, version: Version) -> Published:
@@ -196,7 +196,7 @@ class Builder:
 
     def step(self, verb: str, name: str, settings: object, inputs: dict, data=None) -> Step:
         place = name.replace(" ", "-")
-        return Step(verb, place, settings, inputs, data or {}, self.recipe.storage, self.arm)
+        return Step(verb, place, settings, inputs, data or {}, self.recipe.storage, arm=self.arm)
 
     def start(self) -> tuple[Step, Step]:
         """The dense base, and the branch that every expert starts from."""

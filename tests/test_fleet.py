@@ -139,9 +139,10 @@ def living_groups() -> list[str]:
     return [r["name"] for r in records if r["state"] != "REMOVED"]
 
 
-def wait_for_engines(host: ActorHandle, num: int) -> list[int]:
+def wait_for_engines(host: ActorHandle, num: int, without: int = 0) -> list[int]:
+    """Processes of the engines that serve, once they are `num` and none is `without`."""
     deadline = time.monotonic() + DEADLINE_S
-    while len(pids := call(host.processes.remote())) != num:
+    while len(pids := call(host.processes.remote())) != num or without in pids:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return pids
@@ -154,12 +155,13 @@ def prompts(num: int) -> list[list[int]]:
 @pytest.mark.fleet(num_engines=2)
 def test_prompts_of_a_killed_engine_go_to_another_and_it_is_replaced(host: ActorHandle) -> None:
     victim, _ = wait_for_engines(host, 2)
-    running = host.generate.remote(prompts(24), 100)
+    running = host.generate.remote(prompts(96), 100)
     time.sleep(1.0)
+    assert not ray.wait([running], timeout=0)[0], "all was sampled before the kill"
     os.kill(victim, signal.SIGKILL)
     groups = call(running)
-    assert [len(samples) for samples in groups] == [2] * 24
-    assert victim not in wait_for_engines(host, 2)
+    assert [len(samples) for samples in groups] == [2] * 96
+    wait_for_engines(host, 2, without=victim)
     events = [name for name, _ in call(host.reported.remote())]
     assert events.count("engine_lost") == 1 and events.count("engine_ready") == 3
 
