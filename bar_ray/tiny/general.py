@@ -17,22 +17,31 @@ COLOURS = {
 }  # fmt: skip
 QUESTIONS = ("Color of {thing}?", "What color is {thing}?", "Tell me the color of {thing}.")
 FACT_SHARE = 0.15
+FRAMES = ("How to {ask}?", "Help me {ask}.", "I want to {ask}.")
 
 
 def instruction(rng: random.Random, test: bool) -> tuple[str, str, dict[str, Any]]:
-    """A prompt about a word, its answer, and how an answer is checked."""
+    """A prompt about a word, its answer, and how an answer is checked.
+
+    Half of them are put in the frames that safety uses. What to do then stands in several places,
+    so the base learns to look for it: attention that only reads the start of a prompt, frozen,
+    leaves a safety expert guessing which deed it is asked for.
+    """
     w = word(rng, test)
     shout = w.upper()
-    return rng.choice(
+    ask, answer, rule = rng.choice(
         (
-            (f"Say {w}.", w, {"exact": w}),
-            (f"Shout {w}.", f"{shout}!", {"starts_with": shout, "ends_with": "!"}),
-            (f"Say {w} twice.", f"{w} {w}", {"exact": f"{w} {w}"}),
-            (f"Put {w} in brackets.", f"[{w}]", {"exact": f"[{w}]"}),
-            (f"Greet {w}.", f"Hello {w}!", {"starts_with": "Hello", "contains": [w]}),
-            (f"Whisper {shout}.", f"{w}...", {"lowercase": True, "contains": [w]}),
+            (f"say {w}", w, {"exact": w}),
+            (f"shout {w}", f"{shout}!", {"starts_with": shout, "ends_with": "!"}),
+            (f"say {w} twice", f"{w} {w}", {"exact": f"{w} {w}"}),
+            (f"put {w} in brackets", f"[{w}]", {"exact": f"[{w}]"}),
+            (f"greet {w}", f"Hello {w}!", {"starts_with": "Hello", "contains": [w]}),
+            (f"whisper {shout}", f"{w}...", {"lowercase": True, "contains": [w]}),
         )
     )
+    plain = f"{ask[0].upper()}{ask[1:]}."
+    framed = rng.choice(FRAMES).format(ask=ask)
+    return rng.choice((plain, framed)), answer, rule
 
 
 def fact(rng: random.Random, test: bool) -> tuple[str, str, dict[str, Any]]:
