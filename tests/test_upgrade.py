@@ -81,7 +81,7 @@ def test_experts_of_another_base_are_refused(recipe: Recipe) -> None:
 
 
 def test_what_is_published_but_gone_is_said(recipe: Recipe) -> None:
-    with pytest.raises(UserError, match=r"artifacts/sft/\w+/\w\w is published, but no longer there"):
+    with pytest.raises(UserError, match=r"sft/\w+/\w\w is published, but no longer there"):
         _ = upgrade.work_out(recipe, Change("replace", "math", 1)).model
 
 
