@@ -155,7 +155,7 @@ def prompts(num: int) -> list[list[int]]:
 @pytest.mark.fleet(num_engines=2)
 def test_prompts_of_a_killed_engine_go_to_another_and_it_is_replaced(host: ActorHandle) -> None:
     victim, _ = wait_for_engines(host, 2)
-    running = host.generate.remote(prompts(96), 100)
+    running = host.generate.remote(4 * prompts(24), 100)
     time.sleep(1.0)
     assert not ray.wait([running], timeout=0)[0], "all was sampled before the kill"
     os.kill(victim, signal.SIGKILL)
