@@ -355,6 +355,8 @@ def _reproduce_problems(recipe: Recipe) -> Iterator[str]:
             yield f"reproduce.router_steps: {steps} must be above 0"
     for key, names, known in (
         ("reproduce.mixed", found.mixed, [*recipe.experts]),
+        ("reproduce.reinforced", found.reinforced, [*recipe.experts]),
+        ("reproduce.kept", found.kept, [*recipe.experts]),
         ("reproduce.older", [*found.older], [*recipe.experts]),
         ("reproduce.rare", [*found.rare.values()], [*recipe.datasets]),
         ("baselines.btx_shared", [shared] if shared else [], [*recipe.experts]),

@@ -299,6 +299,8 @@ class Reproduce:
         lambda: [0.0, 0.25, 0.75], "shares of general data in SFT beside the recipe's"
     )
     mixed: list[str] = how(list, "experts whose mixing share is varied; empty: all")
+    reinforced: list[str] = how(list, "experts whose RLVR is varied; empty: all with RLVR")
+    kept: list[str] = how(list, "experts whose shared weights are tried unaveraged; empty: all")
     rare: dict[str, str] = how(dict, "router source -> a dataset with few of its rows")
     older: dict[str, Expert] = how(dict, "experts as they were before an upgrade")
 

@@ -74,6 +74,8 @@ def test_experts_may_live_in_files_of_their_own(recipe_file: str, tmp_path: Path
         ("router.stratified=false", "set router.natural=true"),
         ("baselines.btx_shared=mth", "did you mean 'math'?"),
         ("reproduce.mixed=[mth]", "did you mean 'math'?"),
+        ("reproduce.reinforced=[mth]", "did you mean 'math'?"),
+        ("reproduce.kept=[mth]", "did you mean 'math'?"),
         ("reproduce.fractions=[]", "give at least one"),
         ("sweep.reduction=1", "at least 2"),
         ("merge.rule=tie", "did you mean 'ties'?"),

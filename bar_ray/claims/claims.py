@@ -210,8 +210,13 @@ def rl_domains(recipe: Recipe) -> list[str]:
     return [name for name, expert in recipe.experts.items() if expert.rlvr]
 
 
+def varied(recipe: Recipe) -> list[str]:
+    wanted = recipe.reproduce.reinforced
+    return [name for name in rl_domains(recipe) if name in wanted or not wanted]
+
+
 def rlvr_arms(arms: Arms) -> None:
-    for domain in rl_domains(arms.recipe):
+    for domain in varied(arms.recipe):
         expert = arms.recipe.experts[domain]
         learn = expert.rlvr.learn
         arms.add(f"{domain} sft", arms.bar.experts[domain].inputs["model"])
@@ -227,7 +232,7 @@ def rlvr(found: Evidence) -> Finding:
     measured: dict[str, Estimate] = {}
     verdicts = []
     frozen_name, *_, open_name = RLVR
-    for domain in rl_domains(recipe):
+    for domain in varied(recipe):
         for name in (*RLVR, ANCHOR_TOO):
             gain = table.difference(f"{domain} rlvr, {name}", f"{domain} sft", domain)
             measured[f"{domain}, {name}: gain over SFT"] = gain
@@ -240,7 +245,7 @@ def rlvr(found: Evidence) -> Finding:
         f"a gain beyond noise with {frozen_name} refutes it; without one, learning all must gain "
         "more beyond noise"
     )
-    curves = {f"rewards-{domain}": rewards(found, domain) for domain in rl_domains(recipe)}
+    curves = {f"rewards-{domain}": rewards(found, domain) for domain in varied(recipe)}
     return Finding(worst(verdicts), why, measured, curves)
 
 
@@ -327,7 +332,8 @@ def merges(recipe: Recipe) -> dict[str, Merge]:
         "TIES": Merge(rule="ties"),
         "Fisher": Merge(rule="fisher"),
     }
-    one = {f"shared of {name}": Merge(rule="one", expert=name) for name in recipe.experts}
+    kept = recipe.reproduce.kept or recipe.experts
+    one = {f"shared of {name}": Merge(rule="one", expert=name) for name in kept}
     return {**found, **one}
 
 
