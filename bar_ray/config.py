@@ -227,7 +227,7 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]
     if stage.steps <= 0 and stage.epochs <= 0:
         yield f"{key}: either `steps` or `epochs` must be above 0"
     yield from _positive(key, stage, ("batch_size", "seq_len", "lr"))
-    counts = ("num_workers", "threads", "micro_batch", "checkpoint_every", "keep_last")
+    counts = ("num_workers", "threads", "micro_batch", "checkpoint_every", "keep_last", "together")
     yield from _positive(f"{key}.run", stage.run, counts)
     if not 0 <= stage.warmup <= 1:
         yield f"{key}.warmup is {stage.warmup}; it is a share of the steps, between 0 and 1"

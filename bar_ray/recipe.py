@@ -62,6 +62,9 @@ class Run:
         dict, "what else each worker asks for, such as {train_pool: 1} to choose the kind of node"
     )
     threads: int = how(1, "torch threads of a worker on CPU")
+    together: int = how(
+        1, "at most so many waiting trainings of one kind in a row, by workers started once"
+    )
     micro_batch: int = how(8, "rows in one forward pass of one worker")
     zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 3 (rlvr: to 2)")
     activation_checkpointing: bool = how(False, "recompute activations in the backward pass")

@@ -1,13 +1,18 @@
-"""Which steps of a plan are run together."""
+"""Which steps of a plan are run together, and how workers go through them."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from bar_ray import storage
 from bar_ray.cluster.run import Executor
 from bar_ray.graph import Step, key
-from bar_ray.recipe import Evaluate
+from bar_ray.recipe import Evaluate, Run, Stage
+from bar_ray.stages import start
+from bar_ray.types import UserError
 
 
 def evaluation(number: int, settings: Evaluate, root: Path) -> Step:
@@ -66,3 +71,56 @@ def test_what_failed_together_is_tried_alone(executor: Executor, tmp_path: Path)
 def test_other_steps_have_a_process_each(executor: Executor, tmp_path: Path) -> None:
     ready = [replace(evaluation(n, Evaluate(), tmp_path), verb="merge") for n in range(3)]
     assert begun(executor, ready, ready[:1]) == [[ready[0]]]
+
+
+def training(number: int, run: Run, root: Path, verb: str = "route") -> Step:
+    settings = {"stage": Stage(steps=number + 1, run=run)}
+    return Step(verb, f"model-{number}", settings, {}, {}, str(root))
+
+
+def test_small_trainings_run_in_a_row_when_told_so(executor: Executor, tmp_path: Path) -> None:
+    ready = [training(n, Run(together=3), tmp_path) for n in range(5)]
+    groups = begun(executor, ready, ready[:2])
+    assert [len(group) for group in groups] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        Run(),
+        Run(together=3, threads=2),
+        Run(together=3, num_workers=2, min_workers=1),
+    ],
+)
+def test_trainings_that_need_other_workers_start_alone(
+    executor: Executor, tmp_path: Path, others: Run
+) -> None:
+    ready = [training(0, others, tmp_path), training(1, Run(together=3), tmp_path)]
+    ready.append(training(2, Run(together=3), tmp_path, verb="sft"))
+    assert begun(executor, ready, ready[:1]) == [[ready[0]]]
+
+
+class Rank:
+    """A worker that commits an artifact, unless its step is the third."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self, step: Step, run: Any) -> None:
+        self.step, self.run, self.ledger = step, run, io.StringIO()
+
+    def loop(self) -> dict[str, Any]:
+        self.seen.append(self.step.name)
+        if self.step.name == "model-2":
+            raise UserError("no such dataset")
+        (self.run / self.step.name).mkdir()
+        storage.commit(str(self.run / self.step.name), self.step.artifact.uri, {})
+        return {"steps": 1}
+
+
+def test_workers_make_in_a_row_what_is_not_there_yet(tmp_path: Path) -> None:
+    steps = [training(n, Run(together=4), tmp_path) for n in range(4)]
+    config = {"worker": f"{__name__}:Rank", "run": tmp_path}
+    Rank.seen.clear()
+    assert start._work({**config, "steps": steps[:2]}) == {"steps": 1}
+    assert start._work({**config, "steps": steps}) == {"user_error": "no such dataset"}
+    assert Rank.seen == ["model-0", "model-1", "model-2"]

@@ -31,7 +31,8 @@ POLL_S = 0.5
 DECLARE_EVERY_S = 2.0  # when nothing has begun or ended
 SAY_WAITING_EVERY_S = 30.0
 VIEW_EVERY_S = 5.0
-TOGETHER = {"evaluate": 8}  # verbs that take several steps at once, and how many at most
+EVALUATED = 8  # at most so many models by the same engines
+IN_A_ROW = {"train", "midtrain", "sft", "route", "lora", "fisher"}  # as `run.together` says
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ def run_steps(steps: list[Step], run: Run) -> dict[str, str]:
     try:
         module, name = VERBS[steps[0].verb][0].split(":")
         function = getattr(importlib.import_module(module), name)
-        if steps[0].verb in TOGETHER:
+        if steps[0].verb == "evaluate":
             return function(todo, run)
+        if steps[0].verb in IN_A_ROW:
+            function(todo, run)
+            return {}
         for step in todo:
             function(step, run)
         return {}
@@ -123,8 +127,21 @@ def run_steps(steps: list[Step], run: Run) -> dict[str, str]:
 
 
 def kind_of(step: Step) -> tuple[Any, ...]:
-    """Equal for steps that differ in nothing but the checkpoint they are about."""
+    """Equal for steps that the same processes can make, one after the other."""
+    if step.verb in IN_A_ROW:
+        return step.verb, step.settings["stage"].run
     return step.verb, meaning(step.settings), [content for _, content in step.data.values()]
+
+
+def most_together(step: Step) -> int:
+    """How many steps of its kind the same processes may make.
+
+    Not those of an elastic training: the pool gives and takes workers for one step.
+    """
+    if step.verb not in IN_A_ROW:
+        return EVALUATED if step.verb == "evaluate" else 1
+    settings = step.settings["stage"].run
+    return settings.together if settings.fewest_workers == settings.num_workers else 1
 
 
 class StepFailed(UserError):
@@ -232,7 +249,7 @@ class Executor:
 
     def _together(self, step: Step, ready: list[Step], allowed: list[Step]) -> list[Step]:
         """The step, and its part of those like it that are ready and cost little beside it."""
-        most = TOGETHER.get(step.verb, 1)
+        most = most_together(step)
         if most == 1 or key(step) in self.alone:
             return [step]
 

@@ -29,10 +29,10 @@ LEARNER = "bar_ray.stages.learner:Learner"
 def run(step: Step, run: Any) -> None:
     """Inputs: `model`; data: prompts by source; settings: stage, seed."""
     if step.settings["stage"].replay:
-        start.train(LEARNER, step, run, sampler=None)
+        start.train(LEARNER, [step], run, sampler=None)
         return
     with sampling(step, run) as sampler:
-        start.train(LEARNER, step, run, sampler=sampler)
+        start.train(LEARNER, [step], run, sampler=sampler)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A training step as a Ray Train run. Torch is imported only where it is needed: in the workers."""
 
 import contextlib
+import gc
 import importlib
 import itertools
 import signal
@@ -19,44 +20,47 @@ from bar_ray.recipe import Run as RunSettings
 from bar_ray.types import UserError, user_error_in
 
 
-def language_model(step: Step, run: Any) -> None:
+def language_model(steps: list[Step], run: Any) -> None:
     """Inputs: `model` and one `data:NAME` token artifact per source; settings: stage, seed."""
-    train("bar_ray.stages.lm:LmWorker", step, run)
+    train("bar_ray.stages.lm:LmWorker", steps, run)
 
 
-def router(step: Step, run: Any) -> None:
+def router(steps: list[Step], run: Any) -> None:
     """The same, of the merged model's router; settings also `top_k`."""
-    train("bar_ray.route:RouteWorker", step, run)
+    train("bar_ray.route:RouteWorker", steps, run)
 
 
-def lora(step: Step, run: Any) -> None:
+def lora(steps: list[Step], run: Any) -> None:
     """The same through adapters on a dense model; settings also `lora`."""
-    train("bar_ray.baselines.lora:LoraWorker", step, run)
+    train("bar_ray.baselines.lora:LoraWorker", steps, run)
 
 
-def fisher(step: Step, run: Any) -> None:
+def fisher(steps: list[Step], run: Any) -> None:
     """Inputs and settings as of a language model; nothing is trained."""
-    train("bar_ray.stages.fisher:FisherWorker", step, run)
+    train("bar_ray.stages.fisher:FisherWorker", steps, run)
 
 
-def train(worker: str, step: Step, run: Any, **extra: Any) -> None:
-    """Run a step under Ray Train until it has committed its artifact.
+def train(worker: str, steps: list[Step], run: Any, **extra: Any) -> None:
+    """Run steps under Ray Train, one after the other, until each has committed its artifact.
 
     Args:
         worker: what each rank is, as `module:class`, a `stages.lm.Worker`.
+        steps: of equal `run` settings; their workers are started once.
         extra: more arguments of that class.
     """
-    settings: RunSettings = step.settings["stage"].run
-    config = {"worker": worker, "step": step, "run": run, **extra}
+    if not steps:
+        return
+    settings: RunSettings = steps[0].settings["stage"].run
+    config = {"worker": worker, "steps": steps, "run": run, **extra}
     for num_lost in itertools.count(1):
         try:
             with _handlers_kept():
-                result = _trainer(step, run, config).fit()
+                result = _trainer(steps[0], run, config).fit()
             break
         except RayActorError as error:  # Ray Train restarts workers, but not its own controller
             if num_lost > settings.max_failures:
                 raise
-            run.event("controller_lost", step, reason=str(error).splitlines()[0])
+            run.event("controller_lost", steps[0], reason=str(error).splitlines()[0])
     if isinstance(result.return_value, dict) and "user_error" in result.return_value:
         raise UserError(result.return_value["user_error"])
 
@@ -100,11 +104,22 @@ def _trainer(step: Step, run: Any, config: dict[str, Any]) -> PoolTrainer:
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     """One rank. A user's mistake is returned, not raised: retrying cannot mend it."""
     module, name = config.pop("worker").split(":")
+    made: dict[str, Any] = {}
     try:
-        rank = getattr(importlib.import_module(module), name)(**config)
-        with contextlib.closing(rank.ledger):
-            return rank.loop()
+        for step in config.pop("steps"):
+            if storage.read_manifest(step.artifact.uri) is None:  # else before workers were lost
+                made = _one(getattr(importlib.import_module(module), name), step, config)
     except Exception as error:
         if mistake := user_error_in(error):
             return {"user_error": str(mistake)}
         raise
+    return made
+
+
+def _one(rank_of: Any, step: Step, config: dict[str, Any]) -> dict[str, Any]:
+    rank = rank_of(step=step, **config)
+    with contextlib.closing(rank.ledger):
+        made = rank.loop()
+    del rank
+    gc.collect()  # engines hold themselves; the next step needs their memory
+    return made
