@@ -208,6 +208,8 @@ def test_every_claim_has_a_verdict_and_a_place_on_the_page(
         assert f"## {claim['number']}. {claim['claim']}" in page
     rewards = written["claims"][2]["curves"]["rewards-math"]["lines"]
     assert [(at, each["mean"]) for at, each in rewards["all shared frozen"]] == [(1, 20), (2, 40)]
+    active = written["claims"][8]["curves"]["active"]["lines"]["bar"]
+    assert [at for at, _ in active] == [2, 3, 4, 5], "the anchor is one of them"
 
 
 def record_rewards(arms: Arms, rewards: dict[str, list[float]]) -> None:

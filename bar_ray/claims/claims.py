@@ -468,7 +468,9 @@ def active_experts(found: Evidence) -> Finding:
     names = [f"{count} experts active" for count in active(recipe)]
     measured = {f"{name} - bar": table.difference(name, "bar") for name in names}
     fewest = table.difference("bar", names[-1])
-    scores = [(float(n), table.score(f"{n} experts active")) for n in sorted(active(recipe))]
+    models = {count: f"{count} experts active" for count in active(recipe)}
+    models[recipe.router.top_k or len(recipe.experts) + 1] = "bar"  # the anchor is one of them
+    scores = [(float(count), table.score(models[count])) for count in sorted(models)]
     curves = {"active": Curves("active experts", "overall, percent right", {"bar": scores})}
     why = (
         "fewer active experts cost score: bar against the fewest; one is refused, as its router "
