@@ -59,6 +59,24 @@ def test_a_living_driver_elsewhere_is_recognised_by_its_renewals(root: str, else
     assert len(said) == 1 and "may be at work; waiting up to" in said[0]
 
 
+def test_a_slow_renewal_does_not_bring_a_lease_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, begun = storage.write_json, threading.Event()
+
+    def slow(uri: str, value: Any) -> None:
+        if value["held"] and threading.current_thread() is not threading.main_thread():
+            begun.set()
+            time.sleep(3 * TTL_S)
+        write(uri, value)
+
+    monkeypatch.setattr(storage, "write_json", slow)
+    with make(str(tmp_path), "a", "math").taken():
+        assert begun.wait(10)
+    time.sleep(3 * TTL_S)
+    assert storage.list_files(storage.join(str(tmp_path), "leases")) == []
+
+
 def test_the_steps_of_a_killed_driver_are_free_at_once(tmp_path: Path) -> None:
     code = (
         "import sys, time; sys.path.insert(0, 'tests'); from test_lease import make\n"

@@ -77,9 +77,8 @@ class Lease:
             yield self
         finally:
             self._ended.set()
-            renewing.join(self.ttl_s)
-            with contextlib.suppress(storage.StorageError):
-                storage.delete(self.uri)
+            with self._writing, contextlib.suppress(storage.StorageError):
+                storage.delete(self.uri)  # a renewal under way would bring it back
 
     def check(self) -> None:
         """LeaseLost when somebody else may be at work on the steps."""
@@ -161,6 +160,8 @@ class Lease:
 
     def _write(self, **changed: Any) -> None:
         with self._writing:
+            if self._ended.is_set():
+                return
             self.record |= {**changed, "renewed": self.record["renewed"] + 1}
             storage.write_json(self.uri, self.record)
 
