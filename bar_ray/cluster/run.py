@@ -32,7 +32,7 @@ DECLARE_EVERY_S = 2.0  # when nothing has begun or ended
 SAY_WAITING_EVERY_S = 30.0
 VIEW_EVERY_S = 5.0
 EVALUATED = 8  # at most so many models by the same engines
-IN_A_ROW = {"train", "midtrain", "sft", "route", "lora", "fisher"}  # as `run.together` says
+IN_A_ROW = {verb for verb, (function, _) in VERBS.items() if ".stages.start:" in function}
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,8 @@ def run_steps(steps: list[Step], run: Run) -> dict[str, str]:
     try:
         module, name = VERBS[steps[0].verb][0].split(":")
         function = getattr(importlib.import_module(module), name)
-        if steps[0].verb == "evaluate":
-            return function(todo, run)
-        if steps[0].verb in IN_A_ROW:
-            function(todo, run)
-            return {}
+        if steps[0].verb in {"evaluate", *IN_A_ROW}:
+            return function(todo, run) or {}
         for step in todo:
             function(step, run)
         return {}

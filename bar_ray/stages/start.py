@@ -106,9 +106,11 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     module, name = config.pop("worker").split(":")
     made: dict[str, Any] = {}
     try:
+        rank_of = getattr(importlib.import_module(module), name)
         for step in config.pop("steps"):
             if storage.read_manifest(step.artifact.uri) is None:  # else before workers were lost
-                made = _one(getattr(importlib.import_module(module), name), step, config)
+                made = _one(rank_of(step=step, **config))
+                gc.collect()  # engines hold themselves; the next step needs their memory
     except Exception as error:
         if mistake := user_error_in(error):
             return {"user_error": str(mistake)}
@@ -116,10 +118,6 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _one(rank_of: Any, step: Step, config: dict[str, Any]) -> dict[str, Any]:
-    rank = rank_of(step=step, **config)
+def _one(rank: Any) -> dict[str, Any]:
     with contextlib.closing(rank.ledger):
-        made = rank.loop()
-    del rank
-    gc.collect()  # engines hold themselves; the next step needs their memory
-    return made
+        return rank.loop()
