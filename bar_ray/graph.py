@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from bar_ray import storage
-from bar_ray.log import titled
+from bar_ray.log import some, titled
 from bar_ray.recipe import meaning
 from bar_ray.types import Artifact
 
@@ -144,7 +144,7 @@ def _reason(step: Step, reused: bool, stale: list[str]) -> str:
     if reused:
         return "finished"
     if stale:
-        return f"needs {', '.join(stale[:3])}{' ...' if len(stale) > 3 else ''}"
+        return f"needs {some(stale)}"
     siblings = storage.join(step.storage_uri, "artifacts", step.verb, step.name)
     return "settings, data or inputs changed" if storage.exists(siblings) else "never ran"
 

@@ -1,6 +1,7 @@
 """How progress reads: one line per step with fixed columns, durations, texts without secrets."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 COLUMNS = {
@@ -38,6 +39,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names: `a, b, c and 12 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def without_keys(text: str) -> str:

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import pytest
 
 from bar_ray import storage
+from bar_ray.cluster.pace import Pace
 from bar_ray.cluster.run import Executor
 from bar_ray.graph import Step, key
+from bar_ray.log import some
 from bar_ray.recipe import Evaluate, Run, Stage
 from bar_ray.stages import start
 from bar_ray.types import UserError
@@ -124,3 +126,21 @@ def test_workers_make_in_a_row_what_is_not_there_yet(tmp_path: Path) -> None:
     assert start._work({**config, "steps": steps[:2]}) == {"steps": 1}
     assert start._work({**config, "steps": steps}) == {"user_error": "no such dataset"}
     assert Rank.seen == ["model-0", "model-1", "model-2"]
+
+
+def test_the_end_of_a_run_is_told_from_the_steps_before() -> None:
+    now = [100.0]
+    pace = Pace(lambda: now[0])
+    assert pace.eta(["sft"]) is None
+    now[0] = 160.0  # two at a time: 120 seconds of work in 60
+    for verb, seconds in (("sft", 30), ("sft", 50), ("rlvr", 40)):
+        pace.note(verb, seconds)
+    assert pace.eta([]) == 0
+    assert pace.eta(["rlvr", "rlvr", "rlvr"]) == pytest.approx(60)
+    assert pace.eta(["sft", "merge"]) == pytest.approx(40)  # merge: as long as the mean, 40
+
+
+def test_many_names_are_told_by_the_first() -> None:
+    assert some(["a"]) == "a"
+    assert some(["a", "b", "c"]) == "a, b, c"
+    assert some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"

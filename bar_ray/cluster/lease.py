@@ -22,7 +22,7 @@ import psutil
 
 from bar_ray import storage
 from bar_ray.graph import Step, key
-from bar_ray.log import duration, without_keys
+from bar_ray.log import duration, some, without_keys
 from bar_ray.types import UserError
 
 TTL_S = 60.0
@@ -115,10 +115,8 @@ class Lease:
             storage.delete(storage.join(self.folder, f"{rival['run_id']}.json"))
 
     def _refusal(self, rival: Record) -> str:
-        shared = self._shared(rival)
-        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         return (
-            f"{_holder(rival)} is at work on {', '.join(shared[:3])}{more} in the same storage. "
+            f"{_holder(rival)} is at work on {some(self._shared(rival))} in the same storage. "
             "Wait for it, end it, or give this run a storage of its own"
         )
 

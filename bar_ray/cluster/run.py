@@ -19,11 +19,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bar_ray import storage
 from bar_ray.cluster.journal import Journal
 from bar_ray.cluster.lease import Lease
+from bar_ray.cluster.pace import Pace
 from bar_ray.cluster.pool import Standing, demand_of, holder
 from bar_ray.cluster.quota import Demand, missing
 from bar_ray.cluster.sharing import PoolClient
 from bar_ray.graph import VERBS, Planned, Step, key, topological
-from bar_ray.log import duration, titled
+from bar_ray.log import duration, some, titled
 from bar_ray.recipe import Recipe, meaning
 from bar_ray.types import UserError, user_error_in
 
@@ -164,7 +165,7 @@ class Executor:
             place: {key(s) for s in topological([step])} - {place}
             for place, step in self.todo.items()
         }
-        self.total, self.done = len(self.todo), 0
+        self.total, self.done, self.pace = len(self.todo), 0, Pace()
         self.running: dict[Any, tuple[list[Step], float]] = {}  # the first one holds of the pool
         self.waiting: set[str] = set()
         self.alone: set[str] = set()  # failed together with others, and are tried again
@@ -297,6 +298,7 @@ class Executor:
                 return
             mistakes = {key(steps[0]): reason_of(error)}
         for step in steps:
+            self.pace.note(step.verb, seconds / len(steps))
             self._conclude(step, seconds, mistakes.get(key(step), ""))
 
     def _conclude(self, step: Step, seconds: float, mistake: str) -> None:
@@ -308,8 +310,13 @@ class Executor:
         else:
             self.done += 1
             self.run.event("finished", step, seconds=seconds)
-            place = f"{self.done}/{self.total}"
+            place = f"{self.done}/{self.total}{self._eta()}"
             print(f"finished  {step.label} in {duration(seconds)} ({place})", flush=True)
+
+    def _eta(self) -> str:
+        at_work = [step for steps, _ in self.running.values() for step in steps]
+        seconds = self.pace.eta(step.verb for step in (*self.todo.values(), *at_work))
+        return f", eta {duration(seconds)}" if seconds else ""
 
     def _drop_dependents(self, failed: Step) -> None:
         for place in [p for p in self.todo if key(failed) in self.waits_for[p]]:
@@ -321,9 +328,9 @@ class Executor:
             return
         self.said_waiting = time.monotonic()
         running = ", ".join(s.label for steps, _ in self.running.values() for s in steps)
-        waiting = ", ".join(step.label for step in self._ready())
+        waiting = [step.label for step in self._ready()]
         if waiting:
-            print(f"running {running}; waiting for the pool: {waiting}", flush=True)
+            print(f"running {running}; waiting for the pool: {some(waiting)}", flush=True)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         for (step, *_), _ in self.running.values():
             if lacking := missing(nodes, self._demand(step)):
