@@ -350,9 +350,10 @@ def _reproduce_problems(recipe: Recipe) -> Iterator[str]:
     for share in found.shares:
         if not 0 <= share < 1:
             yield f"reproduce.shares: {share} must be from 0 to below 1"
-    for steps in found.router_steps:
-        if steps <= 0:
-            yield f"reproduce.router_steps: {steps} must be above 0"
+    for name in ("router_steps", "token_steps"):
+        for steps in getattr(found, name):
+            if steps <= 0:
+                yield f"reproduce.{name}: {steps} must be above 0"
     for key, names, known in (
         ("reproduce.mixed", found.mixed, [*recipe.experts]),
         ("reproduce.reinforced", found.reinforced, [*recipe.experts]),

@@ -298,6 +298,7 @@ class Reproduce:
         lambda: [0.01, 0.1, 0.25, 0.5, 1.0], "router samples beside `router.fraction`"
     )
     router_steps: list[int] = how(list, "router trainings beside `router.steps`")
+    token_steps: list[int] = how(list, "shorter SFTs of experts whose domain brings new tokens")
     shares: list[float] = how(
         lambda: [0.0, 0.25, 0.75], "shares of general data in SFT beside the recipe's"
     )
@@ -306,6 +307,7 @@ class Reproduce:
     kept: list[str] = how(list, "experts whose shared weights are tried unaveraged; empty: all")
     rare: dict[str, str] = how(dict, "router source -> a dataset with few of its rows")
     older: dict[str, Expert] = how(dict, "experts as they were before an upgrade")
+    notes: dict[int, str] = how(dict, "number of a claim -> what a reader of its verdict must know")
 
 
 @dataclass(frozen=True)

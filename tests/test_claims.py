@@ -113,8 +113,10 @@ def test_frozen_arms_differ_in_their_freeze_table_alone(recipe: Recipe, arms: Ar
     assert not (tables["tool_use, all shared frozen"].lm_head)
     assert tables["tool_use, only embeddings learn"].embedding == 0.1
     assert tables["tool_use, only embeddings learn"].lm_head == 0
-    same = [replace(s.settings["stage"], learn=recipe.tiny.post_train.learn) for s in each]
-    assert all(stage == same[0] for stage in same)
+    stages = [replace(s.settings["stage"], learn=recipe.tiny.post_train.learn) for s in each]
+    full, short = recipe.experts["tool_use"].sft.steps, *recipe.reproduce.token_steps
+    assert {stage.steps for stage in stages} == {full, short}
+    assert all(replace(stage, steps=full) == stages[0] for stage in stages)
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -187,14 +189,16 @@ def unmoved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "moved", lambda *_: 1.5)
 
 
-def test_every_claim_has_a_verdict_and_a_place_on_the_page(
-    recipe: Recipe, tmp_path: Path, unmoved: None
-) -> None:
-    recipe = replace(recipe, storage=str(tmp_path))
+def test_every_claim_has_a_verdict_and_a_place_on_the_page(tmp_path: Path, unmoved: None) -> None:
+    settings = [f"storage={tmp_path}", "reproduce.notes={4: Mixing is cheap.}"]
+    recipe = config.load("conf/reproduce.yaml", settings)
     chosen = report.chosen(recipe)
     arms = report.arms_of(recipe, chosen)
     table = table_of({name: {} for name in arms.scores})
     record_rewards(arms, {"math rlvr, all shared frozen": [0.2, 0.4]})
+    record_run(tmp_path, "1", [(arms.bar.bar, "started", 10), (arms.bar.bar, "finished", 100)])
+    record_run(tmp_path, "2", [(arms.bar.bar, "reused", 200), (arms.base, "finished", 240)])
+    record_run(tmp_path, "3", [(arms.bar.bar, "reused", 300), (arms.base, "reused", 900)])
     found = report.judge(Evidence(table, recipe, {0: arms}), chosen)
     assert [claim["number"] for claim in found["claims"]] == [claim.number for claim in CLAIMS]
     folder = report.write(recipe, found, "python jobs/reproduce.py")
@@ -208,8 +212,25 @@ def test_every_claim_has_a_verdict_and_a_place_on_the_page(
         assert f"## {claim['number']}. {claim['claim']}" in page
     rewards = written["claims"][2]["curves"]["rewards-math"]["lines"]
     assert [(at, each["mean"]) for at, each in rewards["all shared frozen"]] == [(1, 20), (2, 40)]
+    tokens = written["claims"][1]["curves"]["tokens-tool_use"]["lines"]
+    assert [at for at, _ in tokens["both learn"]] == [100, 450]
+    assert tokens.keys() == {"both learn", "all shared frozen"}
+    assert "**: general ability" in page and "\n\nMixing is cheap.\n\n" in page
+    assert written["runs"] == {"count": 2, "seconds": 90 + 40}, "the third made nothing"
+    assert "seeds 0, 1, 2; 2m10s in 2 runs." in page
     active = written["claims"][8]["curves"]["active"]["lines"]["bar"]
     assert [at for at, _ in active] == [2, 3, 4, 5], "the anchor is one of them"
+
+
+def record_run(storage_uri: Path, run_id: str, events: list[tuple[Step, str, float]]) -> None:
+    rows = []
+    for step, event, time in events:
+        verb, name, fingerprint = identity(step)
+        who = {"verb": verb, "name": name, "fingerprint": fingerprint}
+        rows.append({"event": event, "time": time, **who})
+    place = storage_uri / "runs" / run_id / "events.jsonl"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def record_rewards(arms: Arms, rewards: dict[str, list[float]]) -> None:
@@ -278,7 +299,8 @@ def test_a_category_for_each_expert_is_needed(recipe: Recipe) -> None:
         report.arms_of(wrong, CLAIMS)
 
 
-def test_an_unknown_claim_is_refused(recipe: Recipe) -> None:
-    wrong = replace(recipe, reproduce=replace(recipe.reproduce, claims=[99]))
-    with pytest.raises(UserError, match="no claim 99"):
+@pytest.mark.parametrize("setting", ["claims=[99]", "notes={99: no such claim}"])
+def test_an_unknown_claim_is_refused(setting: str) -> None:
+    wrong = config.load("conf/reproduce.yaml", [f"reproduce.{setting}"])
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]}: no claim 99"):
         report.chosen(wrong)

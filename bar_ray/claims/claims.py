@@ -5,7 +5,7 @@ test items keeps to one side of zero, and so does every seed; else it is `within
 nothing is lost holds when the interval stays above minus `MARGIN` points.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -14,7 +14,7 @@ from bar_ray.claims import cost
 from bar_ray.claims.arms import GENERAL, Arms, frozen, general_data
 from bar_ray.claims.distance import moved
 from bar_ray.claims.table import Estimate, Table, exactly
-from bar_ray.recipe import SHARED, Expert, Merge, Recipe
+from bar_ray.recipe import SHARED, Expert, Merge, Recipe, Sft
 from bar_ray.report import history
 
 HOLDS, FAILS, NOISE, UNTESTED = "holds", "does not hold", "within noise", "not testable here"
@@ -178,11 +178,24 @@ def token_arms(arms: Arms) -> None:
         for name, roles in OPEN.items():
             sft = replace(expert.sft, learn=frozen(expert.sft.learn, *roles))
             arms.expert(f"{domain}, {name}", domain, replace(expert, sft=sft))
+        for name, steps, sft in shorter(arms.recipe, expert.sft):
+            changed = replace(expert, sft=sft)
+            arms.expert(f"{domain}, {name}, {steps} steps", domain, changed)
+
+
+def shorter(recipe: Recipe, sft: Sft) -> Iterator[tuple[str, int, Sft]]:
+    """With both learning and both frozen, for fewer steps."""
+    frozen_name = next(iter(OPEN))
+    tables = {"both learn": sft.learn, frozen_name: frozen(sft.learn, *OPEN[frozen_name])}
+    for name, learn in tables.items():
+        for steps in recipe.reproduce.token_steps:
+            yield name, steps, replace(sft, learn=learn, steps=steps)
 
 
 def tokens(found: Evidence) -> Finding:
     table, recipe = found.table, found.recipe
     measured: dict[str, Estimate] = {}
+    curves: dict[str, Curves] = {}
     losses = []
     for domain in token_domains(recipe):
         for name in ("both learn", *OPEN):
@@ -190,10 +203,23 @@ def tokens(found: Evidence) -> Finding:
         pair = f"{domain}, both learn", f"{domain}, all shared frozen"
         losses.append(table.difference(*pair, domain))
         measured[f"{domain}, both - frozen"] = losses[-1]
+        if recipe.reproduce.token_steps:
+            curves[f"tokens-{domain}"] = token_curves(table, recipe, domain)
     if not losses:
         return Finding(UNTESTED, "no domain of the recipe opens embeddings and LM head")
     why = "with both frozen the domain is lost; the rows say which of the two is needed"
-    return Finding(worst([decide(each) for each in losses]), why, measured)
+    return Finding(worst([decide(each) for each in losses]), why, measured, curves)
+
+
+def token_curves(table: Table, recipe: Recipe, domain: str) -> Curves:
+    sft = recipe.experts[domain].sft
+    names = list(dict.fromkeys(name for name, *_ in shorter(recipe, sft)))
+    lines = {name: [(float(sft.steps), table.score(f"{domain}, {name}", domain))] for name in names}
+    for name, steps, _ in shorter(recipe, sft):
+        score = table.score(f"{domain}, {name}, {steps} steps", domain)
+        lines[name].append((float(steps), score))
+    by_steps = {name: sorted(line, key=lambda point: point[0]) for name, line in lines.items()}
+    return Curves(f"SFT steps on {domain}", f"{domain}, percent right", by_steps)
 
 
 # --- 3: RLVR with frozen weights ------------------------------------------------------------------

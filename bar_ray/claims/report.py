@@ -9,13 +9,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bar_ray import storage
 from bar_ray.claims import plots
 from bar_ray.claims.arms import GENERAL, Arms
 from bar_ray.claims.claims import CLAIMS, MARGIN, PAPER, Claim, Evidence, Finding
 from bar_ray.claims.table import OVERALL, Estimate
 from bar_ray.config import nearest, require_categories
+from bar_ray.graph import topological
+from bar_ray.log import duration
 from bar_ray.recipe import Recipe
+from bar_ray.report import history
 from bar_ray.types import UserError
 
 PICTURES = "claims"  # folder beside the page
@@ -23,14 +28,15 @@ PICTURES = "claims"  # folder beside the page
 
 def chosen(recipe: Recipe) -> list[Claim]:
     """The claims that the recipe asks for; all of them by default."""
-    known = {claim.number: claim for claim in CLAIMS}
-    for number in recipe.reproduce.claims:
-        if number not in known:
-            hint = nearest(str(number), list(map(str, known)))
-            raise UserError(
-                f"reproduce.claims: no claim {number}; {hint or f'there are {sorted(known)}'}"
-            )
-    return [known[number] for number in recipe.reproduce.claims or known]
+    known, settings = {claim.number: claim for claim in CLAIMS}, recipe.reproduce
+    for name, numbers in (("claims", settings.claims), ("notes", settings.notes)):
+        for number in numbers:
+            if number not in known:
+                hint = nearest(str(number), list(map(str, known)))
+                raise UserError(
+                    f"reproduce.{name}: no claim {number}; {hint or f'there are {sorted(known)}'}"
+                )
+    return [known[number] for number in settings.claims or known]
 
 
 def arms_of(recipe: Recipe, claims: Sequence[Claim], seed: str = "") -> Arms:
@@ -45,13 +51,18 @@ def arms_of(recipe: Recipe, claims: Sequence[Claim], seed: str = "") -> Arms:
 
 def judge(found: Evidence, claims: Sequence[Claim]) -> dict[str, Any]:
     """Verdicts and figures of all claims, and the scores of all models."""
-    table = found.table
+    table, notes = found.table, found.recipe.reproduce.notes
     findings = {claim.number: claim.judge(found) for claim in claims}
+    memory = psutil.virtual_memory().total / 2**30
     return {
         "made": datetime.now(UTC).isoformat(timespec="minutes"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}",
+        "runs": _runs(found),
         "seeds": table.seeds,
-        "claims": [_entry(claim, findings[claim.number]) for claim in claims],
+        "claims": [
+            _entry(claim, findings[claim.number]) | {"note": notes.get(claim.number, "")}
+            for claim in claims
+        ],
         "scores": {
             model: {c: asdict(table.score(model, c)) for c in (*table.categories, OVERALL)}
             for model in table.models
@@ -66,6 +77,16 @@ def _entry(claim: Claim, finding: Finding) -> dict[str, Any]:
         "measured": {name: asdict(each) for name, each in finding.measured.items()},
         "curves": {name: asdict(each) for name, each in finding.curves.items()},
     }
+
+
+def _runs(found: Evidence) -> dict[str, float]:
+    """How many runs made the models and their scores, and how long those took."""
+    targets = [step for arms in found.arms.values() for step in arms.scores.values()]
+    steps = topological(targets)
+    past = history.read(found.recipe.storage, steps, "")
+    made = {event["run"] for event in past.made_by().values()}
+    times = [[event["time"] for event in past.of_run(run)] for run in made]
+    return {"count": len(made), "seconds": sum(max(each) - min(each) for each in times)}
 
 
 def write(recipe: Recipe, found: dict[str, Any], command: str) -> str:
@@ -98,14 +119,15 @@ def summary(found: Mapping[str, Any]) -> str:
 
 def markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     """The page, from nothing but the content of claims.json, with links to its pictures."""
-    seeds = ", ".join(map(str, found["seeds"]))
+    seeds, runs = ", ".join(map(str, found["seeds"])), found["runs"]
     lines = [
         "# The claims of the paper, measured",
         "",
         f"    {found['command']}",
         "",
-        f"On {found['machine']}, {found['made']}, seeds {seeds}. Scores are percent right on "
-        "held-out tests. Differences are in points, paired by test item, with the 95 % interval "
+        f"On {found['machine']}, {found['made']}, seeds {seeds}; {duration(runs['seconds'])} in "
+        f"{runs['count']} run{'s' * (runs['count'] != 1)}. Scores are percent right on held-out "
+        "tests. Differences are in points, paired by test item, with the 95 % interval "
         "over items; the seeds' own differences stand beside. Better means that the interval and "
         f"every seed are above zero; not lost, that the interval is above -{MARGIN:g} points.",
         "",
@@ -117,6 +139,7 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         lines += ["", f"## {claim['number']}. {claim['claim']}", ""]
         lines += [f"Published: {claim['published']} ({claim['source']}).", ""]
         lines += [f"**{claim['verdict']}**: {claim['why']}.", ""]
+        lines += [claim["note"], ""] if claim["note"] else []
         mine = [name for name in pictures if name.startswith(f"{claim['number']}-")]
         lines += [f"![{claim['claim']}]({PICTURES}/{name})\n" for name in mine]
         lines += ["| | measured | 95 % | by seed |", "|---|---|---|---|"]
