@@ -5,8 +5,9 @@ test items keeps to one side of zero, and so does every seed; else it is `within
 nothing is lost holds when the interval stays above minus `MARGIN` points.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,8 @@ from bar_ray.claims import cost
 from bar_ray.claims.arms import GENERAL, Arms, frozen, general_data
 from bar_ray.claims.distance import moved
 from bar_ray.claims.table import Estimate, Table, exactly
-from bar_ray.recipe import SHARED, Expert, Merge, Recipe, Sft
+from bar_ray.graph import topological
+from bar_ray.recipe import SHARED, Expert, Merge, Recipe
 from bar_ray.report import history
 
 HOLDS, FAILS, NOISE, UNTESTED = "holds", "does not hold", "within noise", "not testable here"
@@ -48,6 +50,12 @@ class Evidence:
     table: Table
     recipe: Recipe
     arms: Mapping[int, Arms]  # by seed
+
+    @cached_property
+    def past(self) -> history.History:
+        """What was recorded while the models were made and scored; read once for all claims."""
+        scores = [step for arms in self.arms.values() for step in arms.scores.values()]
+        return history.read(self.recipe.storage, topological(scores), "")
 
 
 @dataclass(frozen=True)
@@ -158,8 +166,9 @@ def btx(found: Evidence) -> Finding:
 
 # --- 2: new special tokens ------------------------------------------------------------------------
 
+BOTH, FROZEN = "both learn", "all shared frozen"
 OPEN = {
-    "all shared frozen": ("embedding", "lm_head"),
+    FROZEN: ("embedding", "lm_head"),
     "only embeddings learn": ("lm_head",),
     "only the LM head learns": ("embedding",),
 }
@@ -174,22 +183,17 @@ def token_domains(recipe: Recipe) -> list[str]:
 def token_arms(arms: Arms) -> None:
     for domain in token_domains(arms.recipe):
         expert = arms.recipe.experts[domain]
-        arms.add(f"{domain}, both learn", arms.bar.experts[domain])
-        for name, roles in OPEN.items():
-            sft = replace(expert.sft, learn=frozen(expert.sft.learn, *roles))
+        arms.add(f"{domain}, {BOTH}", arms.bar.experts[domain])
+        learn = expert.sft.learn
+        tables = {name: frozen(learn, *roles) for name, roles in OPEN.items()}
+        for name, table in tables.items():
+            sft = replace(expert.sft, learn=table)
             arms.expert(f"{domain}, {name}", domain, replace(expert, sft=sft))
-        for name, steps, sft in shorter(arms.recipe, expert.sft):
-            changed = replace(expert, sft=sft)
-            arms.expert(f"{domain}, {name}, {steps} steps", domain, changed)
-
-
-def shorter(recipe: Recipe, sft: Sft) -> Iterator[tuple[str, int, Sft]]:
-    """With both learning and both frozen, for fewer steps."""
-    frozen_name = next(iter(OPEN))
-    tables = {"both learn": sft.learn, frozen_name: frozen(sft.learn, *OPEN[frozen_name])}
-    for name, learn in tables.items():
-        for steps in recipe.reproduce.token_steps:
-            yield name, steps, replace(sft, learn=learn, steps=steps)
+        for name in (BOTH, FROZEN):
+            for steps in arms.recipe.reproduce.token_steps:
+                sft = replace(expert.sft, learn=tables.get(name, learn), steps=steps)
+                changed = replace(expert, sft=sft)
+                arms.expert(f"{domain}, {name}, {steps} steps", domain, changed)
 
 
 def tokens(found: Evidence) -> Finding:
@@ -198,9 +202,9 @@ def tokens(found: Evidence) -> Finding:
     curves: dict[str, Curves] = {}
     losses = []
     for domain in token_domains(recipe):
-        for name in ("both learn", *OPEN):
+        for name in (BOTH, *OPEN):
             measured[f"{domain}, {name}"] = table.score(f"{domain}, {name}", domain)
-        pair = f"{domain}, both learn", f"{domain}, all shared frozen"
+        pair = f"{domain}, {BOTH}", f"{domain}, {FROZEN}"
         losses.append(table.difference(*pair, domain))
         measured[f"{domain}, both - frozen"] = losses[-1]
         if recipe.reproduce.token_steps:
@@ -212,14 +216,12 @@ def tokens(found: Evidence) -> Finding:
 
 
 def token_curves(table: Table, recipe: Recipe, domain: str) -> Curves:
-    sft = recipe.experts[domain].sft
-    names = list(dict.fromkeys(name for name, *_ in shorter(recipe, sft)))
-    lines = {name: [(float(sft.steps), table.score(f"{domain}, {name}", domain))] for name in names}
-    for name, steps, _ in shorter(recipe, sft):
-        score = table.score(f"{domain}, {name}, {steps} steps", domain)
-        lines[name].append((float(steps), score))
-    by_steps = {name: sorted(line, key=lambda point: point[0]) for name, line in lines.items()}
-    return Curves(f"SFT steps on {domain}", f"{domain}, percent right", by_steps)
+    lines = {}
+    for name in (BOTH, FROZEN):
+        models = {n: f"{domain}, {name}, {n} steps" for n in recipe.reproduce.token_steps}
+        models[recipe.experts[domain].sft.steps] = f"{domain}, {name}"
+        lines[name] = [(float(n), table.score(models[n], domain)) for n in sorted(models)]
+    return Curves(f"SFT steps on {domain}", f"{domain}, percent right", lines)
 
 
 # --- 3: RLVR with frozen weights ------------------------------------------------------------------
@@ -281,7 +283,7 @@ def rewards(found: Evidence, domain: str) -> Curves:
         name: [arms.models[f"{domain} rlvr, {name}"] for arms in found.arms.values()]
         for name in (*RLVR, ANCHOR_TOO)
     }
-    recorded = history.read(found.recipe.storage, [*chain(*steps.values())], "").metrics
+    recorded = found.past.metrics
     lines = {}
     for name, of_seeds in steps.items():
         by_step: dict[float, list[float]] = {}
@@ -566,7 +568,7 @@ def late(found: Evidence) -> Finding:
 
 
 def costs(found: Evidence) -> Finding:
-    measured = cost.measure(found.recipe, found.arms)
+    measured = cost.measure(found.recipe, found.arms, found.past)
     num_domains = len(found.recipe.experts)
     verdicts = []
     for unit in cost.NAMES.values():

@@ -83,14 +83,16 @@ def arms(arms: Arms) -> None:
     arms.retrain("retrain with mid-training", with_midtrain=True)
 
 
-def measure(recipe: Recipe, by_seed: Mapping[int, Arms]) -> dict[str, Estimate]:
+def measure(
+    recipe: Recipe, by_seed: Mapping[int, Arms], past: history.History
+) -> dict[str, Estimate]:
     """Cumulative cost of 1 to n updates under BAR and under retraining, over the seeds."""
     num_domains = len(recipe.experts)
     curves: dict[tuple[str, str], list[list[float]]] = {}
     for each in by_seed.values():
         retrained = each.models["retrain with mid-training"]
         steps = topological([each.bar.bar, retrained])
-        costs = cost_of(steps, history.read(recipe.storage, steps, ""))
+        costs = cost_of(steps, past)
         kinds = {
             "BAR": bar_updates(each, costs),
             "retraining": retraining_updates(retrained, num_domains, costs),

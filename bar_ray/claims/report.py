@@ -17,10 +17,8 @@ from bar_ray.claims.arms import GENERAL, Arms
 from bar_ray.claims.claims import CLAIMS, MARGIN, PAPER, Claim, Evidence, Finding
 from bar_ray.claims.table import OVERALL, Estimate
 from bar_ray.config import nearest, require_categories
-from bar_ray.graph import topological
 from bar_ray.log import duration
 from bar_ray.recipe import Recipe
-from bar_ray.report import history
 from bar_ray.types import UserError
 
 PICTURES = "claims"  # folder beside the page
@@ -81,9 +79,7 @@ def _entry(claim: Claim, finding: Finding) -> dict[str, Any]:
 
 def _runs(found: Evidence) -> dict[str, float]:
     """How many runs made the models and their scores, and how long those took."""
-    targets = [step for arms in found.arms.values() for step in arms.scores.values()]
-    steps = topological(targets)
-    past = history.read(found.recipe.storage, steps, "")
+    past = found.past
     made = {event["run"] for event in past.made_by().values()}
     times = [[event["time"] for event in past.of_run(run)] for run in made]
     return {"count": len(made), "seconds": sum(max(each) - min(each) for each in times)}
