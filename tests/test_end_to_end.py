@@ -361,8 +361,9 @@ def test_rlvr_survives_the_loss_of_each_of_its_processes(straight: str, tmp_path
     assert events.count("resumed") >= 2, "the driver was killed too late"
     rows = [row for row in recorded(store, "metrics.jsonl") if row["verb"] == "rlvr"]
     assert max(row["staleness_max"] for row in rows) <= 2
-    assert max(row["canary_gap"] for row in rows) < 1e-3
-    assert any(row["zero_variance"] < 1 for row in rows), "there was something to learn"
+    learned = [row for row in rows if "loss" in row]  # groups of equal rewards push nothing
+    assert any(row["zero_variance"] < 1 for row in learned), "there was something to learn"
+    assert max(row["canary_gap"] for row in learned) < 1e-3
     assert {*RLVR_METRICS} <= {name for row in rows for name in row}
 
 
