@@ -57,7 +57,8 @@ def matrix(axes: Axes, scores: Mapping[str, Measured]) -> None:
     """Every model's score in every category."""
     models, categories = list(scores), list(next(iter(scores.values())))
     values = [[scores[model][c]["mean"] for c in categories] for model in models]
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+    # Half of the scale is left out: black figures could not be read on the darkest blue.
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=200, aspect="auto")
     axes.set_xticks(range(len(categories)), categories)
     axes.set_yticks(range(len(models)), models, fontsize=7)
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
