@@ -36,6 +36,7 @@ from bar_ray.types import UserError
 RUNGS = ("after SFT", "experts", "routed model")
 COMMON = ("world", "init", "import", "train", "branch", "tokenise")
 WAIT_S = 5.0
+DARK, APART, LABELS = 0.85, 0.08, 12  # of the picture: colours end before what white swallows
 
 
 @dataclass(frozen=True)
@@ -217,25 +218,31 @@ def write(source: Source, trials: Sequence[Trial], root: str) -> None:
 
 
 def picture(trials: Sequence[Trial]) -> bytes:
-    """Parallel coordinates: a line per trial over its settings and its score, as SVG."""
+    """Parallel coordinates: a line per trial over its settings and its rank, as SVG.
+
+    Rank and not score, as one trial that failed to learn would press all others together.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    axes_of = [*trials[0].settings, "score"]
-    rows = [[*each.settings.values(), each.score] for each in trials if not each.error]
-    columns = [_scaled([row[n] for row in rows]) for n in range(len(axes_of))]
+    ranked = [each for each in trials if not each.error]
+    axes_of = [*trials[0].settings, "rank: score"]
+    columns = [_scaled([each.settings[name] for each in ranked]) for name in trials[0].settings]
+    columns.append(_ranks(ranked))
     with matplotlib.rc_context({"font.size": 8, "svg.hashsalt": "bar_ray"}):
         figure, file = (
             Figure(figsize=(1.6 * len(axes_of) + 1, 4), layout="constrained"),
             io.BytesIO(),
         )
         axes = figure.subplots()
-        colours = matplotlib.colormaps["viridis"]
-        for number, trial in enumerate(t for t in trials if not t.error):
-            ys = [column[0][number] for column in columns]
+        colours = matplotlib.colormaps["plasma"]
+        for number, trial in enumerate(ranked):
+            apart = APART * (columns[-1][0][number] - 0.5)  # equal settings lie beside each other
+            ys = [column[0][number] + apart for column in columns[:-1]] + [columns[-1][0][number]]
             done = trial.rung == len(RUNGS)
-            style = {"lw": 2 if done else 1, "ls": "-" if done else ":"}
-            axes.plot(range(len(ys)), ys, color=colours(ys[-1]), alpha=0.85, **style)
+            style = {"lw": 2 if done else 1.2, "ls": "-" if done else "--"}
+            colour = colours(DARK * (1 - ys[-1]))
+            axes.plot(range(len(ys)), ys, color=colour, alpha=0.85, **style)
         for place, (_, labels) in enumerate(columns):
             axes.axvline(place, color="#888", lw=0.8)
             for height, label in labels.items():
@@ -243,11 +250,20 @@ def picture(trials: Sequence[Trial]) -> bytes:
         names = [name.replace(".", ".\n", 1).replace(".learn.", ".\nlearn.") for name in axes_of]
         axes.set_xticks(range(len(axes_of)), names, fontsize=7)
         axes.set_yticks([])
-        axes.set_title("trials; dotted: stopped early, judged before the routed model", fontsize=8)
+        axes.set_title("trials, the best on top and darkest; dashed: stopped early", fontsize=8)
         for side in axes.spines.values():
             side.set_visible(False)
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
+
+
+def _ranks(ranked: Sequence[Trial]) -> tuple[list[float], dict[float, str]]:
+    """The best at 1, and what to write beside some."""
+    last = max(1, len(ranked) - 1)
+    heights = [1 - place / last for place in range(len(ranked))]
+    every = math.ceil(len(ranked) / LABELS)
+    named = list(enumerate(ranked))[::every]
+    return heights, {heights[n]: f"{n + 1}: {trial.score:.1f}" for n, trial in named}
 
 
 def _scaled(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
