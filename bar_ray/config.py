@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         merged = OmegaConf.merge(OmegaConf.create(raw), _dotlist(overrides))
         _refuse_new_experts(merged, known_experts, path)
-        _drop_experts(merged)
+        _drop_experts(merged, raw["experts"])
         _apply_stage_defaults(merged)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -117,8 +117,22 @@ def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
             raise UserError(f"experts.{name}: {path} has no expert '{name}'; {hint}")
 
 
-def _drop_experts(merged: Any) -> None:
-    """`experts.code=null` leaves an expert out."""
+def _drop_experts(merged: Any, known: Mapping[str, Any]) -> None:
+    """`experts.code=null` leaves an expert out, and the router's sources that only it had.
+
+    Of data that no expert knows, the router learns to spoil what they do.
+    """
+
+    def sources(experts: Iterable[Any]) -> set[str]:
+        sfts = [(each or {}).get("sft") or {} for each in experts]
+        return {name for sft in sfts for name in sft.get("data") or ()}
+
+    dropped = [known.get(name) for name, expert in merged.experts.items() if expert is None]
+    common = sources([merged.get("stages")])
+    gone = sources(dropped) - sources(merged.experts.values()) - common
+    data = (merged.get("router") or {}).get("data") or {}
+    for name in gone & data.keys():
+        del data[name]
     for experts in (merged.experts, _older(merged)):
         for name in [name for name, expert in experts.items() if expert is None]:
             del experts[name]

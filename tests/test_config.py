@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bar_ray import config
+from bar_ray import config, pipeline
 from bar_ray.recipe import Sft, Stage, meaning
 from bar_ray.types import UserError
 
@@ -46,6 +46,15 @@ def test_an_override_can_add_a_stage(recipe_file: str) -> None:
 
 def test_an_override_can_leave_an_expert_out(recipe_file: str) -> None:
     assert list(config.load(recipe_file, ["experts.safety=null"]).experts) == ["math"]
+
+
+def test_an_expert_left_out_takes_its_sources_from_the_router() -> None:
+    """As when it is removed from a model: of what no expert knows a router learns to do harm."""
+    kept = config.load("conf/tiny.yaml", ["experts.safety=null", "experts.math=null"])
+    assert [*kept.router.data] == ["general_sft", "code_careful", "tool_use_sft"]
+    whole = config.load("conf/tiny.yaml")
+    removed = pipeline.with_experts(whole, {n: whole.experts[n] for n in ("code", "tool_use")})
+    assert removed.router == kept.router
 
 
 def test_dumped_recipe_loads_to_the_same(recipe_file: str, tmp_path: Path) -> None:
