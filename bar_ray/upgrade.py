@@ -160,6 +160,8 @@ def table(upgrade: Upgrade) -> str:
 
 def cost(upgrade: Upgrade) -> str:
     """Tokens and seconds of what the change trains, against all experts and the router."""
+    if upgrade.published:
+        return "trained for this: nothing, the model was there"
     branch = {*map(pipeline.line_of, topological([upgrade.model.branch]))}
     router = pipeline.line_of(upgrade.model.bar)
 
