@@ -238,7 +238,7 @@ def straight(finished: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
     pyarrow.fs.copy_files(artifacts, f"{store}/artifacts", source_filesystem=filesystem)
     for verb in ("rlvr", "merge", "route", "evaluate"):
         shutil.rmtree(Path(store, "artifacts", verb))
-    assert "2 to run, 18 reused" in run("train_router", store, *WITHOUT_RLVR)
+    assert "5 to run, 12 reused" in run("train_router", store, *WITHOUT_RLVR)
     return store
 
 
