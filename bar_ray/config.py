@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     raw = _read_recipe(Path(path))
     known_experts = tuple(raw["experts"])
     try:
-        merged = OmegaConf.merge(OmegaConf.create(raw), _dotlist(overrides))
+        merged = _over(raw, _dotlist(overrides))
         _refuse_new_experts(merged, known_experts, path)
-        _drop_experts(merged, raw["experts"])
+        _drop_experts(merged)
         _apply_stage_defaults(merged)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -117,22 +117,39 @@ def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
             raise UserError(f"experts.{name}: {path} has no expert '{name}'; {hint}")
 
 
-def _drop_experts(merged: Any, known: Mapping[str, Any]) -> None:
-    """`experts.code=null` leaves an expert out, and the router's sources that only it had.
+def _over(below: Any, above: Any) -> Any:
+    """Overrides on top of a recipe.
 
-    Of data that no expert knows, the router learns to spoil what they do.
+    An expert that they leave out takes the sources that only it had from the router: of data that
+    no expert knows, the router learns to spoil what they do.
     """
-
-    def sources(experts: Iterable[Any]) -> set[str]:
-        sfts = [(each or {}).get("sft") or {} for each in experts]
-        return {name for sft in sfts for name in sft.get("data") or ()}
-
-    dropped = [known.get(name) for name, expert in merged.experts.items() if expert is None]
-    common = sources([merged.get("stages")])
-    gone = sources(dropped) - sources(merged.experts.values()) - common
-    data = (merged.get("router") or {}).get("data") or {}
-    for name in gone & data.keys():
+    below = OmegaConf.create(below)
+    merged = OmegaConf.merge(below, above)
+    before, after = _sources(below), _sources(merged)
+    data = _at(merged, "router", "data")
+    for name in (before - after) & {*(data if isinstance(data, DictConfig) else ())}:
         del data[name]
+    return merged
+
+
+def _sources(recipe: Any) -> set[str]:
+    """The SFT sources of all experts that are not left out."""
+    experts = _at(recipe, "experts")
+    names = [*experts] if isinstance(experts, DictConfig) else []
+    places = [("experts", name) for name in names] + [("stages",)]
+    found = [_at(recipe, *place, "sft", "data") for place in places]
+    return {name for data in found if isinstance(data, DictConfig) for name in data}
+
+
+def _at(node: Any, *keys: str) -> Any:
+    """What stands there, None where nothing does; mistakes are found when types are checked."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, DictConfig) else None
+    return node
+
+
+def _drop_experts(merged: Any) -> None:
+    """`experts.code=null` leaves an expert out."""
     for experts in (merged.experts, _older(merged)):
         for name in [name for name, expert in experts.items() if expert is None]:
             del experts[name]

@@ -57,6 +57,14 @@ def test_an_expert_left_out_takes_its_sources_from_the_router() -> None:
     assert removed.router == kept.router
 
 
+@pytest.mark.parametrize(
+    "override", ["router=5", "router.data=5", "experts.math.sft.data=3", "experts.math.sft=3"]
+)
+def test_a_value_in_place_of_settings_is_one_message(override: str) -> None:
+    with pytest.raises(UserError, match="(?i)" + override.split(".")[0].split("=")[0]):
+        config.load("conf/tiny.yaml", [override, "experts.safety=null"])
+
+
 def test_dumped_recipe_loads_to_the_same(recipe_file: str, tmp_path: Path) -> None:
     recipe = config.load(recipe_file, ["seed=3"])
     (tmp_path / "again.yaml").write_text(config.dump(recipe))
