@@ -11,7 +11,7 @@ import torch
 
 from kernels import expert_ffn, swiglu_gate, token_logprob
 
-SHAPES = [(1, 4, 6, 2), (7, 5, 9, 3), (0, 4, 8, 2), (33, 16, 40, 5)]  # N, D, I, E
+SHAPES = [(1, 4, 6, 2), (7, 5, 9, 3), (0, 4, 8, 2), (33, 16, 40, 5)]  # tokens, width, hidden, experts
 ROOM = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
@@ -27,10 +27,13 @@ def ffn(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, list[expert_ffn.Expert]]:
     torch.manual_seed(0)
-    N, D, I, E = shape
-    weights = [((I, D), (I, D), (D, I))] * E
-    experts = [tuple((torch.randn(s) / s[1] ** 0.5).to(dtype) for s in e) for e in weights]
-    return torch.randn(N, D).to(dtype), torch.rand(N, E), experts
+    tokens, width, hidden, count = shape
+    sizes = ((hidden, width), (hidden, width), (width, hidden))
+    experts = [
+        tuple((torch.randn(size) / size[1] ** 0.5).to(dtype) for size in sizes)
+        for _ in range(count)
+    ]
+    return torch.randn(tokens, width).to(dtype), torch.rand(tokens, count), experts
 
 
 def as_double(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -73,12 +76,12 @@ def kept(function, *, less: Sequence[torch.Tensor]) -> int:
 
 
 def test_what_is_frozen_gets_no_gradient_and_keeps_no_input() -> None:
-    N, D, I, E = 16, 8, 24, 2
-    x, gates, experts = ffn((N, D, I, E), torch.float32)
+    tokens, width, hidden, count = 16, 8, 24, 2
+    x, gates, experts = ffn((tokens, width, hidden, count), torch.float32)
     x.requires_grad_()
     gates.requires_grad_()
     weights = [w for e in experts for w in e]
-    activations = 4 * N * (E + 2 * I * E)  # gates; g and u of each expert
+    activations = 4 * tokens * count * (1 + 2 * hidden)  # gates; g and u of each expert
 
     def run() -> None:
         y = expert_ffn.expert_ffn(x, gates, experts)
@@ -89,7 +92,7 @@ def test_what_is_frozen_gets_no_gradient_and_keeps_no_input() -> None:
     assert kept(lambda: expert_ffn.expert_ffn(x, gates, experts), less=weights) == activations
     experts[1][0].requires_grad_()
     run()
-    assert kept(run, less=weights) == activations + 4 * N * D
+    assert kept(run, less=weights) == activations + 4 * tokens * width
     assert [w.grad is not None for w in weights] == [False] * 3 + [True, False, False]
 
 
