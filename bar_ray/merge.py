@@ -9,6 +9,7 @@ i. Tensors stream: never more than a few are in memory.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 
 from bar_ray.graph import inputs_of
 from bar_ray.model import average, tensors
-from bar_ray.model.tensors import Checkpoint, Spec
+from bar_ray.model.tensors import Checkpoint, Content, Spec
 from bar_ray.recipe import Merge
 from bar_ray.types import UserError
+from kernels import average as kernel
 
 STACKED_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
@@ -48,7 +50,7 @@ def merge(
     _check(base, list(experts.values()))
     merger = Merger(base, experts, settings, fishers)
     config = {**base.config, "num_experts": merger.slots, "num_experts_per_tok": merger.slots}
-    tensors.write(folder, config, merger.specs(), merger.tensor, side_files=base.folder)
+    tensors.write(folder, config, merger.specs(), merger.content, side_files=base.folder)
 
 
 class Merger:
@@ -79,19 +81,28 @@ class Merger:
                 specs[name] = spec
         return specs
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def content(self, name: str) -> Content:
         if name.endswith("mlp.gate.weight"):
             rows = [expert[name][1] for expert in self.experts]
-            return torch.stack([average.mean([m[name][0] for m in self.averaged]), *rows])
+            return torch.stack([kernel.reference([m[name][0] for m in self.averaged]), *rows])
         match = STACKED_EXPERT.search(name)
         if match and match.group(1) != "0":
             expert = self.experts[int(match.group(1)) - 1]
-            return expert[STACKED_EXPERT.sub(".mlp.experts.1.", name)]
-        if match:
-            return average.mean([model[name] for model in self.averaged])
+            return self._mean([expert], STACKED_EXPERT.sub(".mlp.experts.1.", name))
+        if match or self.settings.rule == "mean":
+            return self._mean(self.averaged, name)
         values = {each: expert[name] for each, expert in self.by_name.items()}
         fishers = {each: weights[name] for each, weights in self.fishers.items()}
         return average.combine(self.settings, self.base[name], values, fishers)
+
+    def _mean(self, models: list[Checkpoint], name: str) -> Content:
+        """Streamed from file to file, where no type has to be changed; of one, its bytes."""
+        regions, dtype = [model.region(name) for model in models], self.base.spec(name).dtype
+        if any(model.spec(name).dtype != dtype for model in models):
+            return kernel.reference([model[name] for model in models])
+        if len(models) == 1:
+            return partial(kernel.copy, regions[0])
+        return partial(kernel.mean, regions, dtype)
 
 
 def _check(base: Checkpoint, experts: list[Checkpoint]) -> None:

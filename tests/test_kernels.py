@@ -5,13 +5,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kernels import expert_ffn, swiglu_gate, token_logprob
+from kernels import average, expert_ffn, swiglu_gate, token_logprob
 
-SHAPES = [(1, 4, 6, 2), (7, 5, 9, 3), (0, 4, 8, 2), (33, 16, 40, 5)]  # tokens, width, hidden, experts
+SHAPES = [(1, 4, 6, 2), (7, 5, 9, 3), (0, 4, 8, 2), (33, 16, 40, 5)]  # N, D, I, E
 ROOM = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
@@ -175,6 +176,69 @@ def test_a_head_that_learns_is_not_passed_over_in_silence() -> None:
     x, w, targets = head(3, torch.float32)
     with pytest.raises(ValueError, match="logprob_loss"):
         token_logprob.token_logprob(x, w.requires_grad_(), targets)
+
+
+# --- averages of files ----------------------------------------------------------------------------
+
+
+def in_files(values: Sequence[torch.Tensor], folder: Path) -> list[average.Region]:
+    """Each in a file of its own, behind three other bytes."""
+    regions = []
+    for number, value in enumerate(values):
+        path = folder / str(number)
+        path.write_bytes(b"...")
+        with open(path, "ab", buffering=0) as file:
+            average.write(file, average.as_bytes(value))
+        size = value.numel() * value.element_size()
+        regions.append(average.Region(os.open(path, os.O_RDONLY), 3, size))
+    return regions
+
+
+@pytest.mark.parametrize("dtype", ROOM)
+@pytest.mark.parametrize("count", [0, 1, 999, average.BLOCK, 2 * average.BLOCK + 7])
+def test_mean_of_files(count: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(count)
+    values = [torch.randn(count).to(dtype) for _ in range(3)]
+    with open(tmp_path / "out", "wb", buffering=0) as out:
+        average.mean(in_files(values, tmp_path), dtype, out)
+    found = torch.frombuffer(bytearray((tmp_path / "out").read_bytes() or b" " * 4), dtype=dtype)
+    found = found[:count]
+    assert torch.equal(found, average.reference(values))
+    exact = torch.stack([value.double() for value in values]).mean(0)
+    assert torch.allclose(found.double(), exact, rtol=ROOM[dtype], atol=ROOM[dtype])
+
+
+def test_mean_of_bf16_is_rounded_once() -> None:
+    values = [torch.tensor([1.0, 1.0 + 2**-7, 1.0], dtype=torch.bfloat16) for _ in range(2)]
+    values.append(torch.tensor([2.0, 1.0, 1.0], dtype=torch.bfloat16))
+    exact = torch.stack([value.double() for value in values]).mean(0).to(torch.bfloat16)
+    assert torch.equal(average.reference(values), exact)
+
+
+def test_mean_keeps_what_all_agree_on() -> None:
+    value = torch.randn(1000)
+    assert all(torch.equal(average.reference([value] * n), value) for n in range(1, 8))
+
+
+@pytest.mark.parametrize("refusal", [None, OSError(18, "not across file systems")])
+def test_bytes_are_copied(refusal: OSError | None, tmp_path: Path, monkeypatch: Any) -> None:
+    content = torch.randn(3 * average.BLOCK + 5)
+    (region,) = in_files([content], tmp_path)
+    if refusal:
+        monkeypatch.setattr(os, "copy_file_range", lambda *_: (_ for _ in ()).throw(refusal))
+    with open(tmp_path / "out", "wb", buffering=0) as out:
+        average.write(out, memoryview(b"head"))
+        average.copy(region, out)
+        average.write(out, memoryview(b"tail"))
+    assert (tmp_path / "out").read_bytes() == b"head" + bytes(average.as_bytes(content)) + b"tail"
+
+
+def test_a_file_that_ends_early_is_told(tmp_path: Path) -> None:
+    (region,) = in_files([torch.randn(10)], tmp_path)
+    with open(tmp_path / "out", "wb", buffering=0) as out:
+        for act in (average.copy, lambda *a: average.mean([a[0]], torch.float32, a[1])):
+            with pytest.raises(EOFError):
+                act(region._replace(num_bytes=80), out)
 
 
 # --- Triton ---------------------------------------------------------------------------------------

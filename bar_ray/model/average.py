@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from bar_ray.recipe import Merge
+from kernels import average
 
 Tensors = Sequence[torch.Tensor]
 NamedTensors = Mapping[str, torch.Tensor]
@@ -33,17 +34,7 @@ def combine(
             return ties(base, values, settings.density, settings.scale)
         case "fisher":
             return fisher(values, [fishers[name] for name in models])
-    return mean([base, *values] if settings.include_base else values)
-
-
-def mean(values: Tensors) -> torch.Tensor:
-    """The arithmetic mean; equal tensors come back bit for bit."""
-    if all(torch.equal(values[0], value) for value in values[1:]):
-        return values[0]
-    total = values[0].float().clone()
-    for value in values[1:]:
-        total += value.float()
-    return (total / len(values)).to(values[0].dtype)
+    return average.reference([base, *values] if settings.include_base else values)
 
 
 def sum_of_deltas(base: torch.Tensor, values: Tensors, scale: float) -> torch.Tensor:

@@ -5,18 +5,22 @@ writing goes tensor by tensor, so no step here ever holds a model. Names are the
 `model.layers.N.mlp.experts.E.gate_proj.weight` and `model.layers.N.mlp.gate.weight` [E, D].
 """
 
+import functools
 import json
 import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from bar_ray.types import UserError
+from kernels import average
+from kernels.average import Region
 
 SHARD_BYTES = 5 * 2**30
 SIDE_FILES = (
@@ -29,6 +33,8 @@ SIDE_FILES = (
 EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 ROUTER_ROW = re.compile(r"\.mlp\.gate\.rows\.(\d+)$")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Content = torch.Tensor | Callable[[FileIO], None]  # of a tensor: itself, or what appends its bytes
 
 
 def role_of(name: str) -> str:
@@ -77,6 +83,7 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = self._read_config()
         self._files = {}
+        self._opened: list[FileIO] = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 handle = safe_open(path, framework="pt")
@@ -103,6 +110,25 @@ class Checkpoint:
             raise UserError(f"{self.folder} has no tensor {name}")
         return self._files[name].get_tensor(name)
 
+    def region(self, name: str) -> Region:
+        """Where the bytes of a tensor lie."""
+        if name not in self._regions:
+            raise UserError(f"{self.folder} has no tensor {name}")
+        return self._regions[name]
+
+    @functools.cached_property
+    def _regions(self) -> dict[str, Region]:
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the checkpoint)
+            self._opened.append(file)
+            size = struct.unpack("<Q", file.read(8))[0]
+            for name, about in json.loads(file.read(size)).items():
+                if name != "__metadata__":
+                    start, end = about["data_offsets"]
+                    found[name] = Region(file.fileno(), 8 + size + start, end - start)
+        return found
+
     def spec(self, name: str) -> Spec:
         view = self._files[name].get_slice(name)
         dtype = {v: k for k, v in DTYPES.items()}.get(view.get_dtype())
@@ -115,7 +141,7 @@ def write(
     folder: str | Path,
     config: dict,
     specs: Mapping[str, Spec],
-    tensor: Callable[[str], torch.Tensor],
+    tensor: Callable[[str], Content],
     side_files: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -173,7 +199,7 @@ def specs_of(stored: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
 
 
 def write_safetensors(
-    path: Path, specs: Mapping[str, Spec], tensor: Callable[[str], torch.Tensor]
+    path: Path, specs: Mapping[str, Spec], tensor: Callable[[str], Content]
 ) -> None:
     """One safetensors file, tensor by tensor (format: u64 header length, JSON header, bytes).
 
@@ -192,13 +218,16 @@ def write_safetensors(
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+    with open(path, "wb", buffering=0) as file:
+        average.write(file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
         for name, spec in specs.items():
-            value = tensor(name).to(spec.dtype).contiguous()
-            if tuple(value.shape) != spec.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, not {spec.shape}")
-            file.write(value.view(-1).view(torch.uint8).numpy().data)
+            content = tensor(name)
+            if isinstance(content, torch.Tensor):
+                if tuple(content.shape) != spec.shape:
+                    raise ValueError(f"{name} has shape {tuple(content.shape)}, not {spec.shape}")
+                average.write(file, average.as_bytes(content.to(spec.dtype).contiguous()))
+            else:
+                content(file)
 
 
 def same_specs(first: Checkpoint, second: Checkpoint, names: Iterable[str]) -> None:

@@ -1,0 +1,85 @@
+"""The mean of equal tensors of several files, in fp32, a cache-sized block at a time.
+
+    mean = a_0 + sum_i (a_i - a_0) / n
+
+Differences from the first keep what all agree on bit for bit, whatever n. Memory holds a block of
+each input, never a tensor; bytes that are only copied never enter the process.
+"""
+
+import os
+from collections.abc import Sequence
+from io import FileIO
+from typing import NamedTuple
+
+import torch
+
+BLOCK = 256 * 2**10  # elements
+
+
+class Region(NamedTuple):
+    """Bytes of an open file."""
+
+    descriptor: int
+    offset: int
+    num_bytes: int
+
+
+def reference(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean in the type of the first, rounded once."""
+    first = values[0].float()
+    total = sum(value.float() - first for value in values)
+    return (first + total / len(values)).to(values[0].dtype)
+
+
+def mean(regions: Sequence[Region], dtype: torch.dtype, out: FileIO) -> None:
+    """Write the mean of tensors of one type and size to an unbuffered file."""
+    room = min(BLOCK, regions[0].num_bytes // dtype.itemsize)
+    read = torch.empty(room, dtype=dtype)
+    first, total, other = torch.empty(3, room)
+    for start in range(0, regions[0].num_bytes, BLOCK * dtype.itemsize):
+        size = min(BLOCK, (regions[0].num_bytes - start) // dtype.itemsize)
+        a_0, delta, a_i = first[:size], total[:size].zero_(), other[:size]
+        for i, region in enumerate(regions):
+            _read(region, start, read[:size])
+            (a_i if i else a_0).copy_(read[:size])
+            if i:
+                delta.add_(a_i.sub_(a_0))
+        read[:size].copy_(a_0.add_(delta.div_(len(regions))))
+        write(out, as_bytes(read[:size]))
+
+
+def copy(region: Region, out: FileIO) -> None:
+    """Append the bytes to an unbuffered file, by the kernel where the file system can."""
+    offset, end = region.offset, region.offset + region.num_bytes
+    try:
+        while offset < end:
+            done = os.copy_file_range(region.descriptor, out.fileno(), end - offset, offset)
+            if not done:
+                raise EOFError("the file ends before its tensor does")
+            offset += done
+    except OSError:  # another file system, or one that cannot; a full disk fails again below
+        while offset < end:
+            part = os.pread(region.descriptor, min(BLOCK, end - offset), offset)
+            if not part:
+                raise EOFError("the file ends before its tensor does") from None
+            write(out, memoryview(part))
+            offset += len(part)
+
+
+def write(out: FileIO, content: memoryview) -> None:
+    """All of it: an unbuffered file takes at most 2 GiB at once."""
+    while content:
+        content = content[out.write(content) :]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _read(region: Region, start: int, into: torch.Tensor) -> None:
+    view, offset = as_bytes(into), region.offset + start
+    while view:
+        done = os.preadv(region.descriptor, [view], offset)
+        if not done:
+            raise EOFError("the file ends before its tensor does")
+        view, offset = view[done:], offset + done
