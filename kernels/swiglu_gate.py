@@ -7,11 +7,10 @@ pass holds anyway, and no output of a single expert exists.
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
+from kernels.device import triton, uses_triton
+
+if triton is not None:
     import triton.language as tl
-except ImportError:  # torch alone is enough on CPU
-    triton = None
 
 BLOCK = 1024  # columns of a Triton program
 CACHED_BYTES = 256 * 2**10  # of one tensor, on CPU
@@ -23,7 +22,7 @@ def reference(g_NI: torch.Tensor, u_NI: torch.Tensor, p_N: torch.Tensor) -> torc
 
 def forward(g_NI: torch.Tensor, u_NI: torch.Tensor, p_N: torch.Tensor) -> torch.Tensor:
     """h [N, I] in the type of g. Gates are fp32 or the type of g."""
-    if not _on_triton(g_NI):
+    if not uses_triton(g_NI):
         return _forward_torch(g_NI, u_NI, p_N)
     h_NI = torch.empty_like(g_NI)
     if h_NI.numel():
@@ -41,7 +40,7 @@ def backward(
     with_h: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of g, u [N, I] and p [N] (fp32), and h once more where its product is needed."""
-    if not _on_triton(g_NI):
+    if not uses_triton(g_NI):
         return _backward_torch(dh_NI, g_NI, u_NI, p_N, with_h)
     dg_NI, du_NI = torch.empty_like(g_NI), torch.empty_like(u_NI)
     dp_N = torch.zeros(len(p_N), dtype=torch.float32, device=p_N.device)
@@ -83,10 +82,6 @@ def _in_cache(tensor: torch.Tensor) -> list[slice]:
     """Rows at a time, so that what one step writes is still in the cache for the next."""
     step = max(1, CACHED_BYTES // (tensor.element_size() * max(1, tensor.shape[1])))
     return [slice(at, at + step) for at in range(0, len(tensor), step)]
-
-
-def _on_triton(tensor: torch.Tensor) -> bool:
-    return triton is not None and (tensor.is_cuda or triton.knobs.runtime.interpret)
 
 
 if triton is not None:

@@ -1,5 +1,6 @@
 """Kernels against their formulas in fp64: outputs, gradients, what is kept; Triton interpreted."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import average, expert_ffn, swiglu_gate, token_logprob
+from kernels import average, device, expert_ffn, rmsnorm, swiglu_gate, token_logprob
 
 SHAPES = [(1, 4, 6, 2), (7, 5, 9, 3), (0, 4, 8, 2), (33, 16, 40, 5)]  # N, D, I, E
 ROOM = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -54,6 +55,27 @@ def test_expert_ffn(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     near(found, expected, dtype)
     dy = torch.randn_like(x)
     wanted = torch.autograd.grad(expected, exact, dy.double())
+    for one, other in zip(torch.autograd.grad(found, flat, dy), wanted, strict=True):
+        near(one, other, dtype)
+
+
+@pytest.mark.parametrize("dtype", ROOM)
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 8, 24, 4)])
+def test_complement_ffn(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Each token leaves an expert out; some experts are left out by none, or by all."""
+    x, gates, experts = ffn(shape, dtype)
+    left_out = torch.randint(0, max(1, shape[3] - 1), (shape[0],))
+    gates.scatter_(1, left_out[:, None], 0.0)
+    flat = [x, gates, *(w for e in experts for w in e)]
+    exact = as_double(flat)
+    expected = expert_ffn.reference(exact[0], exact[1], by_three(exact[2:]))
+    for tensor in flat:
+        tensor.requires_grad_()
+    found = expert_ffn.complement_ffn(x, gates, experts, left_out)
+    near(found, expected, dtype)
+    dy = torch.randn_like(x)
+    wanted = list(torch.autograd.grad(expected, exact, dy.double()))
+    wanted[1].scatter_(1, left_out[:, None], 0.0)  # a gate that is left out is not looked at
     for one, other in zip(torch.autograd.grad(found, flat, dy), wanted, strict=True):
         near(one, other, dtype)
 
@@ -121,61 +143,45 @@ def exact_logprob(
 
 
 @pytest.mark.parametrize("dtype", ROOM)
+@pytest.mark.parametrize("learns", ["head", "below", "both", "none"])
 @pytest.mark.parametrize(("tokens", "chunk"), [(0, 4), (1, 4), (13, 4), (13, 0), (8, 8)])
-def test_token_logprob_under_a_frozen_head(tokens: int, chunk: int, dtype: torch.dtype) -> None:
+def test_token_logprob(tokens: int, chunk: int, learns: str, dtype: torch.dtype) -> None:
     x, w, targets = head(tokens, dtype)
-    x.requires_grad_()
-    exact, fixed = x.detach().double().requires_grad_(), w.double()
-    expected, its_entropy = exact_logprob(exact, fixed, targets, 0.7)
+    x.requires_grad_(learns in ("below", "both"))
+    w.requires_grad_(learns in ("head", "both"))
+    exact_x, exact_w = as_double([x, w])
+    expected, its_entropy = exact_logprob(exact_x, exact_w, targets, 0.7)
     found, entropy = token_logprob.token_logprob(x, w, targets, 0.7, chunk)
-    assert found.dtype == torch.float32 and not entropy.requires_grad
+    assert found.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
     near(found, expected, dtype)
     near(entropy, its_entropy, dtype)
+    if learns == "none":
+        return
     slope = torch.randn(tokens)
     found.backward(slope)
     expected.backward(slope.double())
-    near(x.grad, exact.grad, dtype)
+    for tensor, exact in ((x, exact_x), (w, exact_w)):
+        if tensor.requires_grad:
+            near(tensor.grad, exact.grad, dtype)
+        else:
+            assert tensor.grad is None
 
 
-@pytest.mark.parametrize("dtype", ROOM)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_logprob_loss_forms_both_gradients(frozen: bool, dtype: torch.dtype) -> None:
-    """Of a loss that is no straight line, as clipped policy losses are."""
-    x, w, targets = head(13, dtype)
+def test_log_probabilities_and_the_gradient_of_the_head_are_summed_in_fp32() -> None:
+    """In bfloat16 a sum of equal small parts stops growing."""
+    x = torch.ones(4096, 8, dtype=torch.bfloat16)
+    w = torch.zeros(16, 8, dtype=torch.bfloat16, requires_grad=True)
+    found, _ = token_logprob.token_logprob(x, w, torch.zeros(4096, dtype=torch.long), chunk=16)
+    assert float(found.sum().detach()) == pytest.approx(-4096 * math.log(16), rel=1e-5)
+    found.sum().backward()
+    assert w.grad[0].float().tolist() == pytest.approx([4096 * 15 / 16] * 8, rel=5e-3)
+
+
+def test_a_frozen_head_keeps_no_logits() -> None:
+    x, w, targets = head(40, torch.float32)
     x.requires_grad_()
-    w.requires_grad_(not frozen)
-    exact, its_head = as_double([x, w])
-    weight, old = torch.rand(13), torch.randn(13)
-
-    def loss_of(logp: torch.Tensor, rows: slice) -> torch.Tensor:
-        ratio = (logp - old.to(logp)[rows]).exp()
-        return -weight.to(logp)[rows] * torch.minimum(ratio, ratio.clamp(0.8, 1.2))
-
-    total, logp, entropy = token_logprob.logprob_loss(x, w, targets, loss_of, 0.7, chunk=4)
-    expected, its_entropy = exact_logprob(exact, its_head, targets, 0.7)
-    loss = loss_of(expected, slice(None)).sum()
-    near(total, loss, dtype)
-    near(logp, expected, dtype)
-    near(entropy, its_entropy, dtype)
-    (3 * total).backward()
-    (3 * loss).backward()
-    near(x.grad, exact.grad, dtype)
-    assert w.grad is None if frozen else near(w.grad, its_head.grad, dtype) is None
-
-
-def test_losses_are_summed_in_fp32() -> None:
-    """In bfloat16 a sum of equal small losses stops growing."""
-    x, w = torch.zeros(4096, 8, dtype=torch.bfloat16), torch.zeros(16, 8, dtype=torch.bfloat16)
-    targets = torch.zeros(4096, dtype=torch.long)
-    total, *_ = token_logprob.logprob_loss(x, w, targets, lambda logp, _: -logp, chunk=16)
-    assert total.dtype == torch.float32
-    assert float(total) == pytest.approx(4096 * torch.tensor(16.0).log().item(), rel=1e-5)
-
-
-def test_a_head_that_learns_is_not_passed_over_in_silence() -> None:
-    x, w, targets = head(3, torch.float32)
-    with pytest.raises(ValueError, match="logprob_loss"):
-        token_logprob.token_logprob(x, w.requires_grad_(), targets)
+    dx = 4 * x.numel()
+    assert kept(lambda: token_logprob.token_logprob(x, w, targets, chunk=8), less=[]) == dx
 
 
 # --- averages of files ----------------------------------------------------------------------------
@@ -244,31 +250,69 @@ def test_a_file_that_ends_early_is_told(tmp_path: Path) -> None:
 # --- Triton ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(swiglu_gate.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(device.triton is None, reason="Triton is not installed")
 def test_triton_kernels_agree_with_torch_in_the_interpreter() -> None:
     """In a process of its own: Triton decides when it is imported."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["swiglu_gate"] * 6
+    assert done.stdout.split() == ["swiglu_gate"] * 6 + ["rmsnorm"] * 24
+
+
+def _swiglu_gate_interpreted(rows: int, width: int, dtype: torch.dtype) -> None:
+    g, u, dh = torch.randn(3, rows, width).to(dtype)
+    p = torch.rand(rows)
+    exact = as_double([g, u, p])
+    h = swiglu_gate.reference(*exact)
+    wanted = torch.autograd.grad(h, exact, dh.double())
+    near(swiglu_gate.forward(g, u, p), h, dtype)
+    *found, again = swiglu_gate.backward(dh, g, u, p, with_h=True)
+    for one, other in zip((*found, again), (*wanted, h), strict=True):
+        near(one, other, dtype)
+    assert swiglu_gate.backward(dh, g, u, p, with_h=False)[3] is None
+    print("swiglu_gate")
+
+
+def _rmsnorm_interpreted(
+    rows: int, width: int, dtype: torch.dtype, beside: str, learns: bool
+) -> None:
+    x, residual, dy = torch.randn(3, rows, width).to(dtype)
+    w = torch.rand(width).to(dtype)
+    cos, sin = torch.randn(2, rows, 6)
+    inputs = [x, w, residual] if beside == "residual" else [x, w]
+    exact = as_double(inputs)
+    rotary = (cos, sin) if beside == "rotary" else None
+    for tensor in inputs:
+        tensor.requires_grad_(learns or tensor is not w)
+    y = rmsnorm.rmsnorm(x, w, 1e-6, residual if beside == "residual" else None, rotary)
+    wanted_y = rmsnorm.reference(
+        exact[0],
+        exact[1],
+        1e-6,
+        exact[2] if beside == "residual" else None,
+        None if rotary is None else (cos.double(), sin.double()),
+    )
+    near(y, wanted_y, dtype)
+    y.backward(dy)
+    wanted = torch.autograd.grad(wanted_y, exact, dy.double())
+    for tensor, gradient in zip(inputs, wanted, strict=True):
+        if tensor.requires_grad:
+            near(tensor.grad, gradient, dtype)
+    assert learns == (w.grad is not None)
+    print("rmsnorm")
 
 
 def _interpreted() -> None:
+    assert device.uses_triton(torch.zeros(1))
     for dtype in ROOM:
         for rows, width in ((1, 5), (3, 1024), (2, 1500)):
             torch.manual_seed(rows)
-            g, u, dh = torch.randn(3, rows, width).to(dtype)
-            p = torch.rand(rows)
-            exact = as_double([g, u, p])
-            h = swiglu_gate.reference(*exact)
-            wanted = torch.autograd.grad(h, exact, dh.double())
-            assert swiglu_gate._on_triton(g)
-            near(swiglu_gate.forward(g, u, p), h, dtype)
-            *found, again = swiglu_gate.backward(dh, g, u, p, with_h=True)
-            for one, other in zip((*found, again), (*wanted, h), strict=True):
-                near(one, other, dtype)
-            assert swiglu_gate.backward(dh, g, u, p, with_h=False)[3] is None
-            print("swiglu_gate")
+            _swiglu_gate_interpreted(rows, width, dtype)
+    for dtype in ROOM:
+        for rows, width in ((1, 6), (5, 48), (0, 12), (600, 18)):
+            for beside in ("", "residual", "rotary"):
+                torch.manual_seed(rows)
+                _rmsnorm_interpreted(rows, width, dtype, beside, learns=rows != 5)
 
 
 if __name__ == "__main__":
