@@ -264,6 +264,7 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]
         yield f"{key}.warmup is {stage.warmup}; it is a share of the steps, between 0 and 1"
     yield from _choice(f"{key}.schedule", stage.schedule, SCHEDULES)
     yield from _choice(f"{key}.dtype", stage.dtype, ("bfloat16", "float32"))
+    yield from _choice(f"{key}.run.kernels", stage.run.kernels, ("auto", "reference"))
     yield from _learn_problems(key, stage.learn, roles)
     if stage.run.num_workers > stage.batch_size > 0:
         yield (

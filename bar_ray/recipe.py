@@ -68,6 +68,7 @@ class Run:
     micro_batch: int = how(8, "rows in one forward pass of one worker")
     zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 3 (rlvr: to 2)")
     activation_checkpointing: bool = how(False, "recompute activations in the backward pass")
+    kernels: str = how("auto", "auto, or reference: plain torch instead of the kernels")
     checkpoint_every: int = how(100, "steps between checkpoints")
     keep_last: int = how(2, "newest checkpoints kept; an older one serves when one is damaged")
     max_failures: int = how(3, "worker failures survived before the stage fails")

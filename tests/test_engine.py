@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bar_ray.data.batches import MicroBatch
-from bar_ray.model import experts, freeze, tensors
+from bar_ray.model import freeze, fused, tensors
 from bar_ray.recipe import ROLES, Learn, Run, Stage
 from bar_ray.train.engine import Engine
 from bar_ray.train.loss import language_model_loss
@@ -29,7 +29,7 @@ def engine(
 ) -> Engine:
     run = Run(zero_stage=zero_stage, micro_batch=2)
     stage = Stage(lr=0.05, schedule="linear", grad_clip=1.0, learn=learn, run=run)
-    return Engine(experts.load(folder, dtype), stage, num_steps=8)
+    return Engine(fused.load(folder, dtype), stage, num_steps=8)
 
 
 def train(engine: Engine, steps: range) -> list[float]:

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
+from bar_ray.data.batches import MicroBatch
 from bar_ray.merge import merge
-from bar_ray.model import average, branch, experts, freeze, tensors
+from bar_ray.model import average, branch, experts, freeze, fused, tensors
 from bar_ray.model.tensors import Checkpoint
 from bar_ray.recipe import ROLES, Learn, Merge
+from bar_ray.train.loss import token_logprobs
 from bar_ray.types import UserError
 
 TOKENS = torch.arange(60).reshape(2, 30)
@@ -73,6 +75,32 @@ def test_expert_starts_from_the_pretrained_ffn(branched: Checkpoint, tmp_path: P
 def test_split_model_agrees_with_hugging_face(branched: Checkpoint) -> None:
     model = experts.load(branched.folder, torch.float32)
     assert (model(TOKENS).logits - logits(branched.folder)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("learns", [{"expert": 1.0}, dict.fromkeys(ROLES, 1.0), {"router": 1.0}])
+@pytest.mark.parametrize("top_k", [3, 2, 1])
+def test_kernels_agree_with_plain_torch(
+    branched: Checkpoint, tmp_path: Path, top_k: int, learns: dict
+) -> None:
+    """Log-probabilities, entropies, every gradient; fewer active experts than all but one too."""
+    models = {name: trained(branched, tmp_path / name, i) for i, name in enumerate("ab")}
+    merge(branched, models, str(tmp_path / "merged"), Merge())
+
+    def run(kernels: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        model = fused.load(tmp_path / "merged", torch.float32, top_k, kernels)
+        freeze.apply(model, Learn(**learns))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        positions = torch.arange(12).remainder(7).expand(2, -1)
+        tokens = torch.randint(0, 24, (2, 12), generator=torch.Generator().manual_seed(top_k))
+        found = token_logprobs(model, MicroBatch(tokens, (positions > 1).long(), positions), 0.8)
+        (found[0] * torch.linspace(-1, 1, len(found[0]))).sum().backward()
+        return list(found), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    (values, gradients), (plain, expected) = run("auto"), run("reference")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(values, plain, strict=True))
+    assert gradients.keys() == expected.keys() and gradients
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-3), name
 
 
 def test_saving_gives_back_the_same_bytes(branched: Checkpoint, tmp_path: Path) -> None:

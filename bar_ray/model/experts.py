@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 
 from bar_ray.model import tensors
 from bar_ray.model.tensors import Checkpoint
+from kernels.expert_ffn import complement_ffn, expert_ffn
 
 
 class ExpertFfn(nn.Module):
@@ -36,6 +37,10 @@ class ExpertFfn(nn.Module):
         # The gate is applied before the down projection: its gradient needs no output of the FFN.
         hidden = self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND)
         return self.down_proj(hidden * gate_N1)
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
 class SplitRouter(nn.Module):
@@ -66,6 +71,7 @@ class SplitMoe(nn.Module):
             ExpertFfn(config.hidden_size, config.intermediate_size, config.hidden_act)
             for _ in range(num_experts)
         )
+        self.kernels = False
         self.keep_logits = False
         self.logits: torch.Tensor | None = None
 
@@ -74,9 +80,21 @@ class SplitMoe(nn.Module):
         logits_NE = self.gate(x_ND)
         if self.keep_logits:
             self.logits = logits_NE
-        gates_NE = gate_weights(logits_NE, self.top_k).to(x_ND.dtype)
-        out = sum(expert(x_ND, gates_NE[:, e : e + 1]) for e, expert in enumerate(self.experts))
-        return out.reshape(x_BTD.shape)
+        out_ND = self._experts(x_ND, gate_weights(logits_NE, self.top_k))
+        return out_ND.reshape(x_BTD.shape)
+
+    @property
+    def uses_kernels(self) -> bool:
+        return self.kernels and self.top_k >= len(self.experts) - 1
+
+    def _experts(self, x_ND: torch.Tensor, gates_NE: torch.Tensor) -> torch.Tensor:
+        if not self.uses_kernels:
+            gates_NE = gates_NE.to(x_ND.dtype)
+            return sum(e(x_ND, gates_NE[:, i : i + 1]) for i, e in enumerate(self.experts))
+        weights = [each.weights for each in self.experts]
+        if self.top_k < len(weights):
+            return complement_ffn(x_ND, gates_NE, weights, gates_NE.argmin(dim=-1))
+        return expert_ffn(x_ND, gates_NE, weights)
 
 
 def gate_weights(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -110,7 +128,7 @@ def moe_blocks(model: PreTrainedModel) -> list[SplitMoe]:
 
 
 def load(folder: str | Path, dtype: torch.dtype, top_k: int = 0) -> PreTrainedModel:
-    """A model ready for training: dense as it is, MoE with separate experts.
+    """A model ready for training: dense as it is, MoE with separate experts; see also `fused`.
 
     `top_k` replaces the checkpoint's number of active experts when it is not 0.
     """

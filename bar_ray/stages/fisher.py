@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bar_ray.model import experts, tensors
+from bar_ray.model import fused, tensors
 from bar_ray.recipe import SHARED
 from bar_ray.stages import lm
 
@@ -27,7 +27,7 @@ class FisherWorker(lm.LmWorker):
         folder = self.run.fetch(self.step.inputs["model"])
         rows = self.prepare()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = experts.load(folder, getattr(torch, self.stage.dtype)).to(device)
+        model = fused.load(folder, getattr(torch, self.stage.dtype)).to(device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(tensors.role_of(name) in SHARED)
         shared = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -161,13 +161,12 @@ class Learner(lm.Worker):
     ) -> tuple[Any, torch.Tensor]:
         """What the policy loss needs, and the entropy at each token."""
         from bar_ray.train.grpo import PolicyTokens
-        from bar_ray.train.loss import chosen_logprobs, entropy, loss_logits
+        from bar_ray.train.loss import token_logprobs
 
         model, device = self.engine.model, self.engine.device
         reference = self._reference_logprobs(rows) if self.reference else None
         batch = as_micro_batch(rows, self.stage.seq_len).to(device)
-        logits, targets = loss_logits(model, batch, self.stage.rollout.temperature)
-        current = chosen_logprobs(logits, targets)
+        current, entropy = token_logprobs(model, batch, self.stage.rollout.temperature)
         flat = [t for row in rows for t in row]
 
         def per_token(values: list[float]) -> torch.Tensor:
@@ -183,7 +182,7 @@ class Learner(lm.Worker):
             per_token(list(range(len(flat)))).long(),
             reference,
         )
-        return tokens, entropy(logits)
+        return tokens, entropy
 
     @torch.no_grad()
     def _logprobs(self, rows: list[list[Trajectory]], temperature: float = 0.0) -> torch.Tensor:
@@ -192,7 +191,7 @@ class Learner(lm.Worker):
 
         batch = as_micro_batch(rows, self.stage.seq_len).to(self.engine.device)
         temperature = temperature or self.stage.rollout.temperature
-        return token_logprobs(self.engine.model, batch, temperature)
+        return token_logprobs(self.engine.model, batch, temperature)[0]
 
     def _reference_logprobs(self, rows: list[list[Trajectory]]) -> torch.Tensor:
         """The same of the model the stage began with; its weights change places for a moment."""

@@ -117,10 +117,10 @@ class Worker:
 
     def load_model(self) -> Any:
         """The model of the step, ready for training."""
-        from bar_ray.model import experts
+        from bar_ray.model import fused
 
-        dtype = getattr(torch, self.stage.dtype)
-        return experts.load(self.model_folder, dtype, self.step.settings.get("top_k", 0))
+        dtype, top_k = getattr(torch, self.stage.dtype), self.step.settings.get("top_k", 0)
+        return fused.load(self.model_folder, dtype, top_k, self.stage.run.kernels)
 
     def on_disk(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What is written of the trained weights, for models that are changed for training."""

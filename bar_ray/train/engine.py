@@ -55,10 +55,12 @@ class Engine:
         bf16 = next(model.parameters()).dtype == torch.bfloat16
         self._plain = not bf16 and stage.run.zero_stage == 0  # DeepSpeed leaves our optimizer alone
         self._whole = stage.run.zero_stage < 3  # every rank holds every parameter
-        # Only ZeRO 3 must know of them: a list's parameters are no module's own.
+        # Only ZeRO 3 must know of parameters that a module uses without owning them.
         for block in () if self._whole else experts.moe_blocks(model):
-            for row in block.gate.rows:
+            for row in block.gate.rows:  # a list's parameters are no module's own
                 deepspeed.zero.register_external_parameter(block.gate, row)
+            for weight in block.experts.parameters() if block.uses_kernels else ():
+                deepspeed.zero.register_external_parameter(block, weight)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._config(bf16), dist_init_required=False
         )

@@ -3,14 +3,13 @@
 Sums, not means, leave here: the caller divides by the token count of the global batch, so the
 result does not depend on how rows fall into micro-batches and workers.
 
-Shapes: M rows, S tokens, V vocabulary, K completions' tokens; L MoE layers, N = M*S, E experts.
+Models come from `model.fused`. Shapes: M rows, S tokens, K places with loss, N = M*S, E experts.
 """
 
 import contextlib
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from bar_ray.data.batches import MicroBatch
@@ -19,32 +18,17 @@ from bar_ray.model.experts import SplitMoe, router_logits
 
 def token_logprobs(
     model: PreTrainedModel, batch: MicroBatch, temperature: float = 1.0
-) -> torch.Tensor:
-    """log p(token | tokens before it in its document) at each place with loss, flat, fp32."""
-    return chosen_logprobs(*loss_logits(model, batch, temperature))
-
-
-def loss_logits(
-    model: PreTrainedModel, batch: MicroBatch, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits / temperature [K, V] in fp32 and the token that came [K], at each place with loss."""
+    """log p(token | tokens before it in its document) at each place with loss, and the entropy.
+
+    Both flat [K], fp32, nats; the entropy without gradient.
+    """
     hidden_MSD = model.model(
         input_ids=batch.tokens_MS, position_ids=batch.positions_MS, use_cache=False
     ).last_hidden_state
     wanted_MS = batch.loss_MS[:, 1:].bool()
-    logits_KV = model.lm_head(hidden_MSD[:, :-1][wanted_MS]).float() / temperature
-    return logits_KV, batch.tokens_MS[:, 1:][wanted_MS]
-
-
-def chosen_logprobs(logits_KV: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
-    return -F.cross_entropy(logits_KV, targets_K, reduction="none")
-
-
-@torch.no_grad()
-def entropy(logits_KV: torch.Tensor, rows: int = 1024) -> torch.Tensor:
-    """Entropy of each distribution [K], nats; a slice at a time, as probabilities are large."""
-    logs = (part.log_softmax(-1) for part in logits_KV.split(rows))
-    return torch.cat([-(log.exp() * log).sum(-1) for log in logs])
+    targets_K = batch.tokens_MS[:, 1:][wanted_MS]
+    return model.lm_head(hidden_MSD[:, :-1][wanted_MS], targets_K, temperature)
 
 
 def router_z(blocks: Sequence[SplitMoe]) -> torch.Tensor:
@@ -58,7 +42,7 @@ def language_model_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Cross-entropy per loss token of the global batch, plus the router z-loss per token."""
     with router_logits(model) if z_weight else contextlib.nullcontext([]) as blocks:
-        cross_entropy = -token_logprobs(model, batch).sum() / loss_tokens
+        cross_entropy = -token_logprobs(model, batch)[0].sum() / loss_tokens
         total = cross_entropy
         if blocks and batch.counts:
             total = total + z_weight * router_z(blocks) / tokens

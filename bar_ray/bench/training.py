@@ -1,0 +1,134 @@
+"""One optimizer step of every stage, against Hugging Face's FlexOlmo with the same freezing and
+against training everything and masking what is frozen, as the published code does.
+
+All sides have the same weights, the same tokens and torch's AdamW over what they train, without an
+engine around them. Hugging Face's grouped experts are one Parameter: its anchor cannot be frozen,
+so the same freezing there means that the anchor's gradient is formed and thrown away.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM, PreTrainedModel
+
+from bar_ray.bench import rounds
+from bar_ray.data.batches import MicroBatch
+from bar_ray.model import freeze, fused, tensors
+from bar_ray.recipe import Learn
+from bar_ray.train.loss import token_logprobs
+
+SIZES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 128},
+    "width 512": {"hidden_size": 512, "intermediate_size": 1376, "vocab_size": 8192},
+}
+STAGES = {
+    "midtrain": Learn(expert=1, router=1),
+    "sft": Learn(expert=1, router=1, embedding=1, lm_head=1),
+    "rlvr": Learn(expert=1, router=1, embedding=1, lm_head=1, attention=1, norm=1),
+    "router": Learn(router=1),
+}
+ROWS, LENGTH, MERGED = 8, 256, 5  # MERGED: experts of the model whose router learns
+
+Step = Callable[[], None]
+
+
+def run(num_rounds: int = 7, dtype: torch.dtype = torch.bfloat16) -> list[rounds.Row]:
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for size, shape in SIZES.items():
+            for stage, learn in STAGES.items():
+                folder = Path(place, size, str(_experts(stage)))
+                if not folder.exists():
+                    _write(folder, shape, _experts(stage))
+                sides = {
+                    "ours": ours(folder, learn, dtype),
+                    "HF grouped_mm, same freezing": grouped(folder, learn, dtype, masks=False),
+                    "HF, train everything, then mask": grouped(folder, learn, dtype, masks=True),
+                }
+                what = f"{stage} step, {size}, {str(dtype).removeprefix('torch.')}"
+                found.append(rounds.measure(what, sides, num_rounds))
+    return found
+
+
+def _experts(stage: str) -> int:
+    return MERGED if stage == "router" else 2
+
+
+def _write(folder: Path, shape: dict[str, int], experts: int) -> None:
+    torch.manual_seed(0)
+    config = FlexOlmoConfig(
+        **shape,
+        num_hidden_layers=4,
+        num_attention_heads=shape["hidden_size"] // 32,
+        num_key_value_heads=shape["hidden_size"] // 32,
+        num_experts=experts,
+        num_experts_per_tok=experts,
+        max_position_embeddings=LENGTH,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    FlexOlmoForCausalLM(config).save_pretrained(folder)
+
+
+def batch(vocab: int) -> MicroBatch:
+    tokens = torch.randint(1, vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(LENGTH).expand(ROWS, -1)
+    return MicroBatch(tokens, (positions > 0).long(), positions)
+
+
+def ours(folder: Path, learn: Learn, dtype: torch.dtype) -> Step:
+    model = fused.load(folder, dtype)
+    freeze.apply(model, learn)
+    optimizer = _adamw([p for p in model.parameters() if p.requires_grad])
+    micro = batch(model.config.vocab_size)
+
+    def step() -> None:
+        loss = -token_logprobs(model, micro)[0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def grouped(folder: Path, learn: Learn, dtype: torch.dtype, masks: bool) -> Step:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.set_experts_implementation("grouped_mm")
+    kept = {name: _kept(name, p, learn) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(masks or bool(kept[name].any()))
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    frozen = {n: ~kept[n] for n in learning if not kept[n].all()}
+    optimizer = _adamw(list(learning.values()))
+    micro = batch(model.config.vocab_size)
+
+    def step() -> None:
+        model(input_ids=micro.tokens_MS, labels=micro.tokens_MS, use_cache=False).loss.backward()
+        for name, mask in frozen.items():
+            gradient = learning[name].grad
+            gradient.masked_fill_(mask.view(-1, *[1] * (gradient.dim() - 1)), 0.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _kept(name: str, parameter: torch.Tensor, learn: Learn) -> torch.Tensor:
+    """What learns of a parameter: along its experts where it has them, else as a whole [1]."""
+    if ".mlp." not in name:
+        return torch.tensor([getattr(learn, tensors.role_of(name)) > 0])
+    role = "router" if ".gate." in name else "expert"
+    kept = torch.full((len(parameter),), getattr(learn, role) > 0)
+    if parameter.shape[0] == 2:  # a branch: the anchor and its row stay as they are
+        kept[0] = learn.anchor > 0
+    return kept
+
+
+def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def parameters(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.parameters())
