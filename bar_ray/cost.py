@@ -1,4 +1,4 @@
-"""What training costs, from a model's config alone: weights by role, and FLOPs per token.
+"""What training costs, from a model's config alone: FLOPs per token, and bytes in memory.
 
 A multiplication with an addition is two FLOPs. Counted is what has to be computed: causal scores
 once (half of the square), no input gradient below the lowest weight that learns, no weight gradient
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bar_ray.recipe import Learn
+from bar_ray.recipe import Learn, Run
 
 FLASH_BACKWARD = 2.5
 
@@ -29,6 +29,20 @@ class Flops:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker in training."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a dense or mixture-of-experts decoder with gated FFNs.
 
@@ -44,6 +58,7 @@ class Shape:
     vocab: int
     experts: int = 0
     active: int = 1
+    tied: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
@@ -60,6 +75,7 @@ class Shape:
             vocab=config["vocab_size"],
             experts=experts,
             active=config.get("num_experts_per_tok") or 1,
+            tied=bool(config.get("tie_word_embeddings")),
         )
 
     def matrices(self) -> dict[str, int]:
@@ -99,3 +115,63 @@ class Shape:
             return attention / self.layers
         up = 2 / 3 * 2 * (sizes.get("anchor", 0.0) + sizes["expert"])  # gate and up projection
         return (attention + up + 2 * sizes.get("router", 0.0)) / self.layers
+
+    def weights(self) -> dict[str, int]:
+        """Every weight, by role."""
+        found = {**self.matrices(), "norm": (2 * self.layers + 1) * self.hidden}
+        found["attention"] += self.layers * (self._queries + self._keys)  # norms of their own
+        if not self.tied:
+            found["embedding"] = self.hidden * self.vocab
+        return found
+
+    def memory(
+        self, learn: Learn, run: Run, seq_len: int, dtype: str, workers: int | None = None
+    ) -> Memory:
+        """Of each worker in a training step with the kernels, as DeepSpeed holds things.
+
+        Adam keeps two moments in fp32, beside fp32 copies of bfloat16 weights that learn. ZeRO 1
+        parts the optimizer's state among workers, 2 the gradients too, 3 the weights too.
+        """
+        sizes, workers = self.weights(), workers or run.num_workers
+        learning = sum(n for role, n in sizes.items() if getattr(learn, role) > 0)
+        size = 2 if dtype == "bfloat16" else 4
+        stage = run.zero_stage if size == 4 else max(1, run.zero_stage)
+        parts = [workers if stage >= at else 1 for at in (3, 2, 1)]
+        tokens = run.micro_batch * seq_len
+        each = self.activations(learn, run.activation_checkpointing)
+        return Memory(
+            weights=size * sum(sizes.values()) / parts[0],
+            gradients=size * learning / parts[1],
+            optimizer=(8 if size == 4 else 12) * learning / parts[2],
+            activations=size * tokens * each,
+        )
+
+    def activations(self, learn: Learn, checkpointing: bool = False) -> float:
+        """Numbers kept per token for the backward pass of the kernels, in the activations' type.
+
+        Of a layer: q and k before and after their norms, v, what attention gives, the inputs of
+        both post-norms and of the router, two products per active expert; the layer's input where
+        attention learns. Where nothing learns below the first FFN, what is before it is not kept.
+        Recomputed, a layer keeps its input, and one layer at a time the rest. Less than a
+        thousandth at 7B, such as norms' fp32 factors, is left out.
+        """
+        attention = 3 * self._queries + 3 * self._keys + (self.hidden if learn.attention else 0)
+        layer = attention + 3 * self.hidden + 2 * self.ffn * self.active
+        around = 2 * self.hidden  # the last norm's input, and the gradient of the head's
+        if checkpointing:
+            return self.layers * self.hidden + layer + around
+        if not (learn.embedding or learn.attention):
+            around -= attention + (0 if learn.norm else self.hidden)
+        return self.layers * layer + around
+
+    def kv_cache(self, tokens: int, size: int = 2) -> float:
+        """Bytes of keys and values, in numbers of `size` bytes."""
+        return 2.0 * size * self._keys * self.layers * tokens
+
+    @property
+    def _queries(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def _keys(self) -> int:
+        return self.kv_heads * self.head_dim

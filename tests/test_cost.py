@@ -1,5 +1,8 @@
 """The cost model: published sizes, and FLOPs as torch counts them."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bar_ray import cost
 from bar_ray.model import experts, tensors
-from bar_ray.recipe import DENSE, Learn
+from bar_ray.recipe import DENSE, Learn, Run
 
 OLMO2_7B = cost.Shape(32, 4096, 32, 32, 128, 11008, 100352)
 TWO = replace(OLMO2_7B, experts=2, active=2)
@@ -83,3 +86,79 @@ def test_flops_are_what_torch_counts(kind: str, learn: Learn, tmp_path: Path) ->
     if expected.input_gradient:  # twice the square without recomputation, not 2.5 of its half
         backward += (2 * 2 - cost.FLASH_BACKWARD) * scores * layers / shape.layers
     assert counter.get_total_flops() / 32 == pytest.approx(backward)
+
+
+@pytest.mark.parametrize(
+    ("shape", "learn", "gigabytes"),
+    [(TWO, MIDTRAIN, 83.9), (TWO, SFT, 95.4), (TWO, RLVR, 125.4), (FIVE, ROUTER, 49.2)],
+)
+def test_memory_of_the_stages_at_7b(shape: cost.Shape, learn: Learn, gigabytes: float) -> None:
+    """Weights, gradients and Adam with fp32 copies, on one worker; worked out by hand."""
+    found = shape.memory(learn, Run(micro_batch=1), 4096, "bfloat16")
+    assert (found.total - found.activations) / 1e9 == pytest.approx(gigabytes, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "learn", "megabytes"),
+    [(TWO, MIDTRAIN, 5.14), (TWO, RLVR, 5.45), (FIVE, ROUTER, 9.36)],
+)
+def test_activations_of_the_stages_at_7b(shape: cost.Shape, learn: Learn, megabytes: float) -> None:
+    assert 2 * shape.activations(learn) / 1e6 == pytest.approx(megabytes, rel=5e-3)
+
+
+def test_memory_is_parted_among_workers() -> None:
+    one = TWO.memory(RLVR, Run(), 4096, "bfloat16", workers=1)
+    for stage, parted in ((1, 1), (2, 2), (3, 3)):
+        many = TWO.memory(RLVR, Run(zero_stage=stage), 4096, "bfloat16", workers=4)
+        names = ("optimizer", "gradients", "weights")
+        ratios = [getattr(one, name) / getattr(many, name) for name in names]
+        assert ratios == [4.0] * parted + [1.0] * (3 - parted)
+
+
+def test_weights_and_keys_are_those_of_the_model(tmp_path: Path) -> None:
+    model = tiny(tmp_path, "flex_olmo", num_experts=3, num_experts_per_tok=3)
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        role = tensors.role_of(name)
+        role = "router" if ".gate.rows." in name else role
+        found[role] = found.get(role, 0) + parameter.numel()
+    assert cost.Shape.of(model.config.to_dict()).weights() == found
+    assert OLMO2_7B.kv_cache(1) == pytest.approx(0.524e6, rel=1e-3)
+
+
+KEPT = """
+import sys, torch
+from bar_ray import cost
+from bar_ray.data.batches import MicroBatch
+from bar_ray.model import freeze, fused
+from bar_ray.recipe import Learn
+from bar_ray.train.loss import token_logprobs
+
+for stage in (Learn(expert=1, router=1), Learn(expert=1, router=1, attention=1, norm=1)):
+    model = fused.load(sys.argv[1], torch.bfloat16)
+    freeze.apply(model, stage)
+    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    positions = torch.arange(64).expand(1, -1)
+    batch = MicroBatch(torch.ones(1, 64, dtype=torch.long), (positions > 0).long(), positions)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        token_logprobs(model, batch)
+    expected = 2 * 64 * cost.Shape.of(model.config.to_dict()).activations(stage)
+    print(sum(kept.values()) / expected)
+"""
+
+
+def test_activations_are_what_the_kernels_keep(tmp_path: Path) -> None:
+    """Counted in a process whose Triton kernels are interpreted."""
+    tiny(tmp_path, "flex_olmo", num_experts=2, num_experts_per_tok=2)
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", KEPT, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratios = [float(line) for line in done.stdout.split()]
+    assert len(ratios) == 2 and all(0.95 < ratio < 1.15 for ratio in ratios), ratios
