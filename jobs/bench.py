@@ -1,14 +1,18 @@
 """Measure on this machine, against named peers.
 
+    python jobs/bench.py conf/tiny.yaml
+    python jobs/bench.py conf/tiny.yaml --what merge,logprob
     python jobs/bench.py conf/tiny.yaml --what rlvr --expert code
     python jobs/bench.py conf/tiny.yaml --what sandbox --minutes 10
     python jobs/bench.py conf/tiny.yaml --what pool
 
-`rlvr`: asynchronous over synchronous RLVR, the engines over plain vLLM, both over TRL's
-GRPOTrainer, from the same checkpoint (trained first when it is not there yet). `sandbox`: honest
-and hostile programs side by side, what they leave behind, and runs per second over bare Python.
-`pool`: three experts of different length on one pool of logical GPUs, fair and weighted, over the
-lower bound, one after another and equal shares. Figures also go to <storage>/bench/<time>/ as JSON.
+`all`: a step of every training stage, trainers, log-probabilities, merging, sampling and reading
+data, in interleaved rounds; or some of these, parted by commas. `rlvr`: asynchronous over
+synchronous RLVR, the engines over plain vLLM, both over TRL's GRPOTrainer, from the same checkpoint
+(trained first when it is not there yet). `sandbox`: honest and hostile programs side by side, what
+they leave behind, and runs per second over bare Python. `pool`: three experts of different length
+on one pool of logical GPUs, fair and weighted, over the lower bound, one after another and equal
+shares. Figures also go to <storage>/bench/<time>/.
 """
 
 import argparse
@@ -18,6 +22,8 @@ from bar_ray import storage
 from bar_ray.cluster import session
 from bar_ray.config import Cli, pick
 from bar_ray.recipe import Recipe
+
+ALONE = ("rlvr", "sandbox", "pool")  # too long to be part of the others
 
 
 def main(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -33,6 +39,13 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
         from bar_ray.bench import pool
 
         return print(pool.table(pool.run(root)))
+    if args.what != "rlvr":
+        from bar_ray.bench import suite
+
+        parts = list(suite.PARTS) if args.what == "all" else args.what.split(",")
+        for part in parts:
+            pick("part", part, dict.fromkeys((*suite.PARTS, *ALONE, "all")))
+        return print(suite.run(parts, root))
     from bar_ray.bench import rlvr
 
     pick("expert", args.expert, recipe.experts)
@@ -43,7 +56,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli = Cli(__doc__).add("--what", default="rlvr", choices=("rlvr", "sandbox", "pool"))
+    cli = Cli(__doc__).add("--what", default="all", help="all, parts of it, or one of the others")
     cli.add("--expert", default="code", help="whose RLVR stage")
     cli.add("--staleness", type=int, default=4, help="max_staleness of the asynchronous side")
     cli.add("--minutes", type=float, default=10, help="how long sandboxes are used")

@@ -6,17 +6,21 @@ engine around them. Hugging Face's grouped experts are one Parameter: its anchor
 so the same freezing there means that the anchor's gradient is formed and thrown away.
 """
 
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM
 
 from bar_ray.bench import rounds
 from bar_ray.data.batches import MicroBatch
 from bar_ray.model import freeze, fused, tensors
-from bar_ray.recipe import Learn
+from bar_ray.recipe import Learn, Run, Stage
 from bar_ray.train.loss import token_logprobs
 
 SIZES = {
@@ -130,5 +134,90 @@ def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def parameters(model: PreTrainedModel) -> int:
-    return sum(p.numel() for p in model.parameters())
+TRAINER_STEPS = 12
+
+
+def trainers(num_rounds: int = 3) -> list[rounds.Row]:
+    """SFT of the width-512 model by whole trainers: our engine, and TRL's SFTTrainer."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "model")
+        _write(folder, SIZES["width 512"], 2)
+        sides = {"ours": _our_trainer(folder, place), "TRL SFTTrainer": _trl_trainer(folder, place)}
+        return [rounds.measure("SFT, whole trainers, a step", sides, num_rounds)]
+
+
+def _our_trainer(folder: Path, place: str) -> Callable[[], float]:
+    from bar_ray.train.engine import Engine
+    from bar_ray.train.loss import language_model_loss
+
+    os.environ.setdefault("LOCAL_RANK", "0")  # Ray Train sets it for its workers
+    store = f"file://{place}/store"
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
+    stage = Stage(lr=1e-4, learn=STAGES["sft"], dtype="bfloat16", run=Run(micro_batch=ROWS))
+    model = fused.load(folder, torch.bfloat16)
+    engine = Engine(model, stage, num_steps=10**6)
+    micro = batch(model.config.vocab_size)
+    counts = int(micro.loss_MS.sum()), micro.tokens_MS.numel()
+
+    def train() -> float:
+        started = time.perf_counter()
+        for _ in range(TRAINER_STEPS):
+            engine.forward_backward([micro], lambda m: language_model_loss(model, m, *counts, 0.0))
+            engine.optim_step()
+        return (time.perf_counter() - started) / TRAINER_STEPS
+
+    return train
+
+
+def _trl_trainer(folder: Path, place: str) -> Callable[[], float]:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(_kept(name, parameter, STAGES["sft"]).any()))
+    rows = batch(model.config.vocab_size).tokens_MS.tolist() * (TRAINER_STEPS + 1)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_nothing(), pad_token="[PAD]")
+    arguments = SFTConfig(
+        output_dir=f"{place}/trl",
+        per_device_train_batch_size=ROWS,
+        max_steps=TRAINER_STEPS + 1,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        bf16=False,  # the model is bfloat16 already
+        use_cpu=True,
+        gradient_checkpointing=False,
+        max_length=LENGTH,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, *_, **__) -> None:
+            self.times.append(time.perf_counter())
+
+    def train() -> float:
+        clock = Clock()
+        SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict({"input_ids": rows}),
+            processing_class=tokenizer,
+            callbacks=[clock],
+        ).train()
+        return (clock.times[-1] - clock.times[0]) / TRAINER_STEPS
+
+    return train
+
+
+def _nothing() -> Tokenizer:
+    """A tokenizer with a padding token alone: rows are tokens already."""
+    return Tokenizer(WordLevel({"[PAD]": 0}, unk_token="[PAD]"))
