@@ -13,6 +13,20 @@ from typing import Any
 from bar_ray.recipe import Learn, Run
 
 FLASH_BACKWARD = 2.5
+# Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device: str) -> float:
+    """Of a GPU by its name, the most exact entry; 0 where it is not known."""
+    known = [name for name in PEAK_FLOPS if name in device]
+    return PEAK_FLOPS[max(known, key=len)] if known else 0.0
 
 
 @dataclass(frozen=True)

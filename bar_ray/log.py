@@ -11,6 +11,7 @@ COLUMNS = {
     "lr": "lr {:.1e}",
     "grad_norm": "norm {:.2f}",
     "tokens_per_s": "{:,.0f} tok/s",
+    "mfu": "mfu {:.0%}",
 }
 
 

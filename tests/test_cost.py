@@ -126,6 +126,12 @@ def test_weights_and_keys_are_those_of_the_model(tmp_path: Path) -> None:
     assert OLMO2_7B.kv_cache(1) == pytest.approx(0.524e6, rel=1e-3)
 
 
+def test_a_device_is_known_by_its_most_exact_name() -> None:
+    assert cost.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert cost.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert cost.peak_flops("") == cost.peak_flops("GeForce") == 0.0
+
+
 KEPT = """
 import sys, torch
 from bar_ray import cost

@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
-from bar_ray.cost import Shape
+from bar_ray.cost import Shape, peak_flops
 from bar_ray.data.batches import MicroBatch
 from bar_ray.model import experts, freeze, fused
 from bar_ray.recipe import Learn
 from bar_ray.train.loss import token_logprobs
 from kernels import expert_ffn, rmsnorm, swiglu_gate, token_logprob
 
-PEAK = {"H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, NVIDIA's data sheets
 Result = dict[str, Any]
 
 
@@ -57,10 +56,6 @@ class Device:
     @property
     def label(self) -> str:
         return torch.cuda.get_device_name() if self.is_gpu else "CPU"
-
-    @property
-    def peak_flops(self) -> float:
-        return next((peak for name, peak in PEAK.items() if name in self.label), 0.0)
 
     def wait(self) -> None:
         if self.is_gpu:
@@ -410,8 +405,8 @@ def _steps(
         "tokens/s": speed,
         "TFLOP/s": speed * flops / 1e12,
     }
-    if device.peak_flops:
-        found["MFU, percent"] = 100 * speed * flops / device.peak_flops
+    if peak := peak_flops(device.label):
+        found["MFU, percent"] = 100 * speed * flops / peak
     return found
 
 

@@ -71,6 +71,8 @@ WORDS = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second",
+    "tflops": "training, TFLOP/s of all workers",
+    "mfu": "share of the devices' peak FLOP/s",
     "seconds": "time of a step, s",
 }
 

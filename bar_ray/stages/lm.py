@@ -17,6 +17,7 @@ import torch
 from bar_ray import storage
 from bar_ray.cluster.pool import holder
 from bar_ray.cluster.sharing import PoolClient
+from bar_ray.cost import Shape, peak_flops
 from bar_ray.graph import Step, inputs_of
 from bar_ray.recipe import Stage
 from bar_ray.types import UserError, user_error_in
@@ -85,6 +86,7 @@ class Worker:
         self.model_folder = on_every_rank(lambda: self.run.fetch(self.step.inputs["model"]))
         self.num_steps = on_every_rank(self.prepare)
         self.engine = Engine(self.load_model(), self.stage, self.num_steps)
+        self._set_flops()
         self.before_resume()
         self.start(self._resume())
         started, first = time.monotonic(), self.engine.step
@@ -204,10 +206,18 @@ class Worker:
         self.resizing = self.pool.ask(*asked, default=False)
         return self.resizing
 
+    def _set_flops(self) -> None:
+        """FLOPs of training on a token, and what all workers could do in a second, if known."""
+        shape = Shape.of(self.engine.model.config.to_dict())
+        self.flops = shape.flops(self.stage.learn, self.stage.seq_len).total
+        name = torch.cuda.get_device_name() if self.engine.device.type == "cuda" else ""
+        self.peak_flops = peak_flops(name) * self.world
+
     def _log(self, metrics: dict[str, float], seconds: float, left: float) -> None:
         if self.rank:
             return
         step = self.step
+        speed = metrics["tokens"] / seconds * self.flops
         self.run.journal.metrics.remote(
             {
                 **{"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint},
@@ -215,6 +225,8 @@ class Worker:
                 **{"step": self.engine.step, "steps": self.num_steps, "eta_s": left},
                 **{k: v for k, v in metrics.items() if k != "tokens"},
                 "tokens_per_s": metrics["tokens"] / seconds,
+                "tflops": speed / 1e12,
+                **({"mfu": speed / self.peak_flops} if self.peak_flops else {}),
                 "seconds": seconds,
             }
         )
