@@ -3,7 +3,9 @@
 Checks every kernel on the device against its formula in fp64, then times it at 7B dimensions
 against what else is there, then whole training steps of as many 2x7B layers as fit. Writes
 results.json and results.md to the folder OUTPUT. Needs torch, Triton and transformers alone; on CPU
-(`--small`, with TRITON_INTERPRET=1) it shows that the script itself works.
+(`--small`, with TRITON_INTERPRET=1) it shows that the script itself works, and `--predict H100`
+says without a GPU what is expected of one: products at the speed that large ones reach, plus the
+fewest bytes that element-wise work and the optimizer must move.
 """
 
 import argparse
@@ -46,16 +48,32 @@ class Sizes:
 SMALL = Sizes(32, 48, 4, 64, (8,), 16, (2,), 2)
 
 
+# FLOP/s of bf16 products of 8192 x 8192 and bytes/s of copies, as measured on cards of that name.
+REACHED = {"H100": (798e12, 3.0e12), "H200": (780e12, 4.3e12)}
+# Element-wise work of a layer of a 2x7B in training, bytes per hidden unit and token: forward by
+# the kernels and eagerly, and as much again twice in the backward pass.
+LAYER_BYTES = {True: 3 * 64, False: 3 * 288}
+
+
 class Device:
-    """Where things run, and its clock and memory."""
+    """Where things run, its clock and memory, and what is expected of it."""
 
-    def __init__(self) -> None:
-        self.name = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, predict: str = "") -> None:
+        self.name = "meta" if predict else "cuda" if torch.cuda.is_available() else "cpu"
         self.is_gpu = self.name == "cuda"
+        self.label = predict or (torch.cuda.get_device_name() if self.is_gpu else "CPU")
+        self.reached = next((r for name, r in REACHED.items() if name in self.label), None)
 
-    @property
-    def label(self) -> str:
-        return torch.cuda.get_device_name() if self.is_gpu else "CPU"
+    def timed(
+        self, what: str, work: Callable[[], Any], repeats: int, flops: float, moved: float
+    ) -> Result:
+        """Expected and measured milliseconds; `moved` are bytes."""
+        found: Result = {"what": what}
+        if self.reached:
+            found["expected ms"] = 1e3 * (flops / self.reached[0] + moved / self.reached[1])
+        if self.name != "meta":
+            found["ms"] = 1e3 * self.seconds(work, repeats)
+        return found
 
     def wait(self) -> None:
         if self.is_gpu:
@@ -191,17 +209,18 @@ def ffn(device: Device, sizes: Sizes) -> list[Result]:
         }
         if hasattr(F, "grouped_mm") and device.is_gpu:
             sides["F.grouped_mm, both experts learn"] = _grouped(pair, x.detach(), dy)
-        flops = 2 * 3 * sizes.hidden * sizes.ffn * tokens * 5  # 2 forward, 2 input, 1 weight
+        one, wide = 2 * 3 * sizes.hidden * sizes.ffn * tokens, 2 * sizes.ffn * tokens
         for name, work in sides.items():
-            seconds = device.seconds(work, sizes.repeats)
-            found.append(
-                {
-                    "what": f"expert FFN, {tokens} tokens: {name}",
-                    "ms": 1e3 * seconds,
-                    "needed TFLOP/s": flops / seconds / 1e12,
-                    "GiB beyond inputs": device.peak_gib(work),
-                }
-            )
+            # 2 forward, 2 for input gradients, 1 or 2 for weight gradients; reads and writes of
+            # g, u, h and their gradients by one kernel each, or by one operation after the other.
+            flops = one * (6 if "both" in name else 5)
+            moved = wide * {"ours": 17, "the bare cuBLAS products": 0}.get(name, 38)
+            what = f"expert FFN, {tokens} tokens: {name}"
+            timed = device.timed(what, work, sizes.repeats, flops, moved)
+            if "ms" in timed:
+                timed["needed TFLOP/s"] = 5 * one / timed["ms"] / 1e9
+                timed["GiB beyond inputs"] = device.peak_gib(work)
+            found.append(timed)
     return found
 
 
@@ -299,11 +318,10 @@ def elementwise(device: Device, sizes: Sizes) -> list[Result]:
     found = []
     for name, (moved, sides) in cases.items():
         for side, work in sides.items():
-            seconds = device.seconds(work, sizes.repeats)
-            speed = moved / seconds / 1e12
-            found.append(
-                {"what": f"{name}, {tokens} tokens: {side}", "ms": 1e3 * seconds, "TB/s": speed}
-            )
+            what = f"{name}, {tokens} tokens: {side}"
+            found.append(device.timed(what, work, sizes.repeats, 0, moved))
+            if "ms" in found[-1]:
+                found[-1]["TB/s"] = moved / found[-1]["ms"] / 1e9
     return found
 
 
@@ -316,21 +334,20 @@ def logprob(device: Device, sizes: Sizes) -> list[Result]:
     for learns in (False, True):
         w = (_randn(device, sizes.vocab, sizes.hidden) / sizes.hidden**0.5).requires_grad_(learns)
         inputs = [x, w] if learns else [x]
-        for name, form in (
-            ("ours", token_logprob.token_logprob),
-            ("all logits", token_logprob.reference),
+        product, logits = 2 * sizes.hidden * sizes.vocab * tokens, sizes.vocab * tokens
+        for name, form, products, moved in (
+            ("ours", token_logprob.token_logprob, 4 if learns else 2, 14 if learns else 10),
+            ("all logits", token_logprob.reference, 3 if learns else 2, 26),
         ):
             work = lambda form=form, w=w, inputs=inputs: torch.autograd.grad(  # noqa: E731
                 form(x, w, targets)[0].sum(), inputs
             )
-            found.append(
-                {
-                    "what": f"log-probabilities, {tokens} tokens, head "
-                    f"{'learns' if learns else 'frozen'}: {name}",
-                    "ms": 1e3 * device.seconds(work, max(2, sizes.repeats // 4)),
-                    "GiB beyond inputs": device.peak_gib(work),
-                }
-            )
+            what = f"log-probabilities, {tokens} tokens, head "
+            what += f"{'learns' if learns else 'frozen'}: {name}"
+            repeats = max(2, sizes.repeats // 4)
+            found.append(device.timed(what, work, repeats, products * product, moved * logits))
+            if "ms" in found[-1]:
+                found[-1]["GiB beyond inputs"] = device.peak_gib(work)
     return found
 
 
@@ -395,18 +412,19 @@ def _steps(
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = device.seconds(step, max(2, sizes.repeats // 4))
-    speed = sizes.seq_len / seconds
-    flops = Shape.of(config.to_dict()).flops(learn, sizes.seq_len).total
-    found: Result = {
-        "what": f"{stage} step, {layers} layers of 2x7B, {sizes.seq_len} tokens: "
-        + ("kernels" if kernels else "plain torch"),
-        "ms": 1e3 * seconds,
-        "tokens/s": speed,
-        "TFLOP/s": speed * flops / 1e12,
-    }
-    if peak := peak_flops(device.label):
-        found["MFU, percent"] = 100 * speed * flops / peak
+    flops = Shape.of(config.to_dict()).flops(learn, sizes.seq_len).total * sizes.seq_len
+    # AdamW reads weights, gradients and two moments and writes all but the gradients, in bf16.
+    moved = 14 * sum(p.numel() for p in learning)
+    moved += LAYER_BYTES[kernels] * layers * sizes.hidden * sizes.seq_len
+    what = f"{stage} step, {layers} layers of 2x7B, {sizes.seq_len} tokens: "
+    what += "kernels" if kernels else "plain torch"
+    found = device.timed(what, step, max(2, sizes.repeats // 4), flops, moved)
+    peak = peak_flops(device.label)
+    for name in {"ms", "expected ms"} & found.keys():
+        kind = "expected " if name == "expected ms" else ""
+        found[f"{kind}tokens/s"] = 1e3 * sizes.seq_len / found[name]
+        if peak:
+            found[f"{kind}MFU, percent"] = 1e5 * flops / found[name] / peak
     return found
 
 
@@ -427,13 +445,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--small", action="store_true", help="sizes for a try on CPU")
+    parser.add_argument("--predict", choices=list(REACHED), default="", help="measure nothing")
     arguments = parser.parse_args()
-    device, sizes = Device(), SMALL if arguments.small else Sizes()
-    if not device.is_gpu and not arguments.small:
+    device, sizes = Device(arguments.predict), SMALL if arguments.small else Sizes()
+    if device.name == "cpu" and not arguments.small:
         parser.error("there is no CUDA device; --small tries the script on CPU")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
-    for part in (lambda d, _: check(d), ffn, elementwise, logprob, training):
+    if device.name != "meta":
+        results += check(device)
+    for part in (ffn, elementwise, logprob, training):
         results += part(device, sizes)
         about = {"device": device.label, "torch": torch.__version__, "results": results}
         (arguments.output / "results.json").write_text(json.dumps(about, indent=1))
