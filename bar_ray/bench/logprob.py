@@ -54,7 +54,7 @@ def prepared(name: str, head_learns: bool, threads: int) -> Callable[[], None]:
     return act
 
 
-def run(num_rounds: int = 5) -> list[rounds.Row]:
+def run(num_rounds: int = 3) -> list[rounds.Row]:
     found = []
     for head_learns in (False, True):
         threads = torch.get_num_threads()

@@ -5,6 +5,7 @@ the line as it stands; ours hashes the row's content, whatever the layout of the
 """
 
 import json
+import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 import polars
 import pyarrow
 import ray
+import ray.data
 import torch
 
 from bar_ray.bench import rounds
@@ -73,7 +75,10 @@ def write(path: Path, rows: int) -> None:
 
 def ours(path: Path) -> int:
     if not ray.is_initialized():
-        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+        ray.init(num_cpus=2, **quiet)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     return len(sample.stratified(str(path), FRACTION, 0, 1.0))
 
 
@@ -120,7 +125,7 @@ def _loading(place: Path, num_rounds: int) -> rounds.Row:
             yield row
 
     Path(folder).mkdir()
-    write_rows(folder, filled(), ROW_TOKENS, PackStats())
+    write_rows(folder, filled(), ROW_TOKENS, PackStats(rows=TRAINING_ROWS))
     stage = Stage(steps=STEPS, batch_size=BATCH, seq_len=ROW_TOKENS, run=Run(micro_batch=BATCH))
     batches = Batches([folder], [1.0], stage, seed=0)
     shard = TokenShard(folder)

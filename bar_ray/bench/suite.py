@@ -5,12 +5,15 @@ A part whose peer is not installed is named and left out.
 
 import importlib
 import io
+import logging
 import time
 from collections.abc import Sequence
 from importlib import metadata
 
+import datasets
 import matplotlib
 import torch
+import transformers
 from matplotlib.figure import Figure
 
 from bar_ray import storage
@@ -32,6 +35,7 @@ def run(names: Sequence[str], root: str) -> str:
     rows: list[Row] = []
     missing: list[str] = []
     started = time.monotonic()
+    _quieten()
     for place, name in enumerate(names, start=1):
         print(
             f"{name} ({place}/{len(names)}, after {duration(time.monotonic() - started)})",
@@ -43,12 +47,22 @@ def run(names: Sequence[str], root: str) -> str:
         except ImportError as error:
             missing.append(f"{name}: {error.name} is not installed (extra `bench`)")
             continue
-        rows += measure()
+        measured = measure()
+        print(table(measured), flush=True)
+        rows += measured
         record = {"versions": versions(), "rows": [row.record() for row in rows]}
         storage.write_json(storage.join(root, "results.json"), record)
         storage.write_bytes(storage.join(root, "results.svg"), picture(rows))
     shown = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return "\n".join([table(rows), "", *missing, shown, f"figures {root}"])
+    return "\n".join([*missing, shown, f"figures {root}"])
+
+
+def _quieten() -> None:
+    """Peers tell their progress in the middle of ours."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def versions() -> dict[str, str]:

@@ -134,7 +134,7 @@ def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-TRAINER_STEPS = 12
+TRAINER_STEPS = 8
 
 
 def trainers(num_rounds: int = 3) -> list[rounds.Row]:
@@ -172,7 +172,7 @@ def _our_trainer(folder: Path, place: str) -> Callable[[], float]:
 
 def _trl_trainer(folder: Path, place: str) -> Callable[[], float]:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -206,13 +206,15 @@ def _trl_trainer(folder: Path, place: str) -> Callable[[], float]:
 
     def train() -> float:
         clock = Clock()
-        SFTTrainer(
+        trainer = SFTTrainer(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             processing_class=tokenizer,
             callbacks=[clock],
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
         return (clock.times[-1] - clock.times[0]) / TRAINER_STEPS
 
     return train
