@@ -1,11 +1,13 @@
 """The bench itself: it must see a leak and a mistake when there is one."""
 
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bar_ray.bench import rlvr, sandbox
+from bar_ray.bench import rlvr, rounds, sandbox
 from bar_ray.recipe import Grpo, Rlvr
 from bar_ray.rewards.sandbox import Call, Run, Sandbox
 from bar_ray.types import UserError
@@ -54,6 +56,32 @@ def test_a_process_that_stays_is_seen(usable: None) -> None:
     finally:
         stays.kill()
         stays.wait()
+
+
+def allocating(mib: int) -> Callable[[], None]:
+    def act() -> None:
+        bytes(bytearray(b"x") * (mib * 2**20))
+
+    return act
+
+
+def test_peak_memory_is_that_of_the_work_alone() -> None:
+    """A process that was started takes over the peak of who started it, where one is careless."""
+    held = bytearray(b"x") * (600 * 2**20)
+    peak, more = rounds.peak_mib(allocating, 100)
+    assert 190 < more < 240, "two copies of 100 MiB"
+    assert peak < 500 < len(held) / 2**20
+
+
+def test_rows_are_read_back_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = pytest.importorskip("bar_ray.bench.sampling", reason="needs bar_ray[bench]")
+    sizes = {"TRAINING_ROWS": 64, "ROW_TOKENS": 32, "BATCH": 4, "STEPS": 3}
+    for name, size in sizes.items():
+        monkeypatch.setattr(sampling, name, size)
+    row = sampling._loading(tmp_path, 1)
+    assert row.seconds > 0 and [each.peer for each in row.ratios] == ["datasets with a DataLoader"]
 
 
 def test_figures_of_a_run_come_from_its_metrics() -> None:
