@@ -1,9 +1,11 @@
 """The mean of equal tensors of several files, in fp32, a cache-sized block at a time.
 
-    mean = a_0 + sum_i (a_i - a_0) / n
+    mean = sum_i a_i / n                    of 16-bit values
+    mean = a_0 + sum_i (a_i - a_0) / n      of fp32
 
-Differences from the first keep what all agree on bit for bit, whatever n. Memory holds a block of
-each input, never a tensor; bytes that are only copied never enter the process.
+Both keep what all agree on bit for bit: sums of equal 16-bit values are exact in fp32, and of fp32
+the differences from the first are. Memory holds a block of each input, never a tensor; bytes that
+are only copied never enter the process.
 """
 
 import os
@@ -27,13 +29,15 @@ class Region(NamedTuple):
 def reference(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean in the type of the first, rounded once."""
     first = values[0].float()
+    if values[0].dtype.itemsize == 2:
+        return (sum(value.float() for value in values) / len(values)).to(values[0].dtype)
     total = sum(value.float() - first for value in values)
     return (first + total / len(values)).to(values[0].dtype)
 
 
 def mean(regions: Sequence[Region], dtype: torch.dtype, out: FileIO) -> None:
     """Write the mean of tensors of one type and size to an unbuffered file."""
-    room = min(BLOCK, regions[0].num_bytes // dtype.itemsize)
+    room, is_half = min(BLOCK, regions[0].num_bytes // dtype.itemsize), dtype.itemsize == 2
     read = torch.empty(room, dtype=dtype)
     first, total, other = torch.empty(3, room)
     for start in range(0, regions[0].num_bytes, BLOCK * dtype.itemsize):
@@ -41,10 +45,13 @@ def mean(regions: Sequence[Region], dtype: torch.dtype, out: FileIO) -> None:
         a_0, delta, a_i = first[:size], total[:size].zero_(), other[:size]
         for i, region in enumerate(regions):
             _read(region, start, read[:size])
-            (a_i if i else a_0).copy_(read[:size])
-            if i:
-                delta.add_(a_i.sub_(a_0))
-        read[:size].copy_(a_0.add_(delta.div_(len(regions))))
+            if i or is_half:
+                a_i.copy_(read[:size])
+                delta.add_(a_i if is_half else a_i.sub_(a_0))
+            else:
+                a_0.copy_(read[:size])
+        delta.div_(len(regions))
+        read[:size].copy_(delta if is_half else a_0.add_(delta))
         write(out, as_bytes(read[:size]))
 
 

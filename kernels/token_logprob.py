@@ -6,8 +6,8 @@
 Rows are taken in chunks; logits and their softmax live for one chunk only, in fp32. With a frozen
 head the gradient of x is formed in the forward pass, as it only has to be scaled by the slope of
 the loss later: logits are computed once, whatever the loss. A head that learns needs the slope for
-its own gradient, so its logits are computed again in the backward pass, and its gradient is summed
-in fp32.
+its own gradient, which is summed in fp32: where one chunk holds all rows their softmax is kept for
+the backward pass, and else logits are computed again there.
 """
 
 import torch
@@ -48,18 +48,22 @@ class _LogProb(torch.autograd.Function):
         logp_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
         entropy_N, total_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
         dx_ND = torch.empty_like(x_ND) if needs_x and not needs_w else None
+        is_kept, error_NV = needs_w and len(x_ND) <= chunk, None
         for rows in _chunks(len(x_ND), chunk):
             z_NV, targets = _logits(x_ND[rows], w_VD, temperature), targets_N[rows]
-            total = torch.logsumexp(z_NV, dim=-1)
             chosen = z_NV.gather(1, targets[:, None])[:, 0]
-            p_NV = torch.exp(z_NV - total[:, None])
-            total_N[rows], logp_N[rows] = total, chosen - total
-            entropy_N[rows] = total - torch.linalg.vecdot(p_NV, z_NV)
+            logs_NV = torch.log_softmax(z_NV, dim=-1)
+            del z_NV
+            p_NV = torch.exp(logs_NV)
+            logp_N[rows] = logs_NV.gather(1, targets[:, None])[:, 0]
+            total_N[rows] = chosen - logp_N[rows]
+            entropy_N[rows] = -torch.linalg.vecdot(p_NV, logs_NV)
             if dx_ND is not None:
-                dz_NV = _minus_softmax(p_NV, targets).div_(temperature)
-                torch.mm(dz_NV.to(x_ND.dtype), w_VD, out=dx_ND[rows])
+                torch.mm(_error(p_NV, targets, x_ND.dtype), w_VD, out=dx_ND[rows])
+            elif is_kept:
+                error_NV = _error(p_NV, targets, x_ND.dtype)
         if needs_w:
-            ctx.save_for_backward(x_ND, w_VD, targets_N, total_N)
+            ctx.save_for_backward(x_ND, w_VD, targets_N, total_N, error_NV)
         else:
             ctx.save_for_backward(dx_ND)
         ctx.head_learns, ctx.temperature, ctx.chunk = needs_w, temperature, chunk
@@ -69,20 +73,26 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope_N, _):
+        scale_N1 = slope_N[:, None] / -ctx.temperature
         if not ctx.head_learns:
             (dx_ND,) = ctx.saved_tensors
-            return (dx_ND * slope_N[:, None]).to(dx_ND.dtype), None, None, None, None
-        x_ND, w_VD, targets_N, total_N = ctx.saved_tensors
+            return (dx_ND * scale_N1).to(dx_ND.dtype), None, None, None, None
+        x_ND, w_VD, targets_N, total_N, error_NV = ctx.saved_tensors
         dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
+        scaled_ND = (x_ND * scale_N1).to(x_ND.dtype)
         dw_VD = torch.zeros_like(w_VD, dtype=torch.float32)
         for rows in _chunks(len(x_ND), ctx.chunk):
-            z_NV = _logits(x_ND[rows], w_VD, ctx.temperature)
-            p_NV = z_NV.sub_(total_N[rows, None]).exp_()
-            dz_NV = _minus_softmax(p_NV, targets_N[rows])
-            dz_NV = dz_NV.mul_(slope_N[rows, None] / ctx.temperature).to(x_ND.dtype)
+            if error_NV is None:
+                z_NV = _logits(x_ND[rows], w_VD, ctx.temperature)
+                p_NV = z_NV.sub_(total_N[rows, None]).exp_()
+                error = _error(p_NV, targets_N[rows], x_ND.dtype)
+            else:
+                error = error_NV
             if dx_ND is not None:
-                torch.mm(dz_NV, w_VD, out=dx_ND[rows])
-            _add_product(dw_VD, dz_NV.T, x_ND[rows])
+                torch.mm(error, w_VD, out=dx_ND[rows])
+            _add_product(dw_VD, error.T, scaled_ND[rows])
+        if dx_ND is not None:
+            dx_ND.copy_(dx_ND * scale_N1)
         return dx_ND, dw_VD.to(w_VD.dtype), None, None, None
 
 
@@ -98,11 +108,10 @@ def _logits(x_ND: torch.Tensor, w_VD: torch.Tensor, temperature: float) -> torch
     return z_NV if temperature == 1.0 else z_NV.div_(temperature)
 
 
-def _minus_softmax(p_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """d logp / d z, in place of the softmax."""
-    p_NV.neg_()
-    p_NV[torch.arange(len(p_NV), device=p_NV.device), targets_N] += 1
-    return p_NV
+def _error(p_NV: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """softmax - onehot(target), that is -d logp / d z; in place of the softmax where it can be."""
+    p_NV[torch.arange(len(p_NV), device=p_NV.device), targets_N] -= 1
+    return p_NV.to(dtype)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

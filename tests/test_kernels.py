@@ -221,8 +221,9 @@ def test_mean_of_bf16_is_rounded_once() -> None:
     assert torch.equal(average.reference(values), exact)
 
 
-def test_mean_keeps_what_all_agree_on() -> None:
-    value = torch.randn(1000)
+@pytest.mark.parametrize("dtype", ROOM)
+def test_mean_keeps_what_all_agree_on(dtype: torch.dtype) -> None:
+    value = torch.randn(1000).to(dtype)
     assert all(torch.equal(average.reference([value] * n), value) for n in range(1, 8))
 
 
