@@ -6,8 +6,9 @@
 Rows are taken in chunks; logits and their softmax live for one chunk only, in fp32. With a frozen
 head the gradient of x is formed in the forward pass, as it only has to be scaled by the slope of
 the loss later: logits are computed once, whatever the loss. A head that learns needs the slope for
-its own gradient, which is summed in fp32: where one chunk holds all rows their softmax is kept for
-the backward pass, and else logits are computed again there.
+its own gradient: where one chunk holds all rows their softmax is kept for the backward pass, and
+else logits are computed again there, some tokens of the vocabulary at a time, so that each row of
+the head's gradient is formed once.
 """
 
 import torch
@@ -78,22 +79,20 @@ class _LogProb(torch.autograd.Function):
             (dx_ND,) = ctx.saved_tensors
             return (dx_ND * scale_N1).to(dx_ND.dtype), None, None, None, None
         x_ND, w_VD, targets_N, total_N, error_NV = ctx.saved_tensors
-        dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
-        scaled_ND = (x_ND * scale_N1).to(x_ND.dtype)
-        dw_VD = torch.zeros_like(w_VD, dtype=torch.float32)
-        for rows in _chunks(len(x_ND), ctx.chunk):
-            if error_NV is None:
-                z_NV = _logits(x_ND[rows], w_VD, ctx.temperature)
-                p_NV = z_NV.sub_(total_N[rows, None]).exp_()
-                error = _error(p_NV, targets_N[rows], x_ND.dtype)
-            else:
-                error = error_NV
+        dx_ND = torch.zeros_like(x_ND, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        scaled_ND, dw_VD = (x_ND * scale_N1).to(x_ND.dtype), torch.zeros_like(w_VD)
+        wide = len(w_VD) if len(x_ND) <= ctx.chunk else ctx.chunk * len(w_VD) // len(x_ND)
+        for some in _chunks(len(w_VD), max(16, wide)):
+            error = error_NV
+            if error is None:
+                p_NV = _logits(x_ND, w_VD[some], ctx.temperature).sub_(total_N[:, None]).exp_()
+                error = _error(p_NV, targets_N - some.start, x_ND.dtype)
             if dx_ND is not None:
-                torch.mm(error, w_VD, out=dx_ND[rows])
-            _add_product(dw_VD, error.T, scaled_ND[rows])
+                _add_product(dx_ND, error, w_VD[some])
+            torch.mm(error.T, scaled_ND, out=dw_VD[some])
         if dx_ND is not None:
-            dx_ND.copy_(dx_ND * scale_N1)
-        return dx_ND, dw_VD.to(w_VD.dtype), None, None, None
+            dx_ND = dx_ND.mul_(scale_N1).to(x_ND.dtype)
+        return dx_ND, dw_VD, None, None, None
 
 
 def _chunks(count: int, chunk: int) -> list[slice]:
@@ -109,9 +108,13 @@ def _logits(x_ND: torch.Tensor, w_VD: torch.Tensor, temperature: float) -> torch
 
 
 def _error(p_NV: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """softmax - onehot(target), that is -d logp / d z; in place of the softmax where it can be."""
-    p_NV[torch.arange(len(p_NV), device=p_NV.device), targets_N] -= 1
-    return p_NV.to(dtype)
+    """softmax - onehot(target), that is -d logp / d z; in place of the softmax where it can be.
+
+    Targets beyond the columns are of other columns.
+    """
+    is_here = (targets_N >= 0) & (targets_N < p_NV.shape[1])
+    taken = is_here.to(p_NV.dtype)[:, None]
+    return p_NV.scatter_add_(1, targets_N.where(is_here, 0)[:, None], -taken).to(dtype)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

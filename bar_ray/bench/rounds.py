@@ -84,15 +84,17 @@ def peak_mib(work: Callable[..., Any], *args: Any) -> tuple[float, float]:
 
 def _watched(send: Any, work: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:
     act = work(*args)
-    before = _peak()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of what prepared is no longer told
+    before = _resident("VmRSS")
     act()
-    send.send((before, _peak()))
+    send.send((before, _resident("VmHWM")))
 
 
-def _peak() -> float:
-    """Of this program: `ru_maxrss` is handed down from who started it."""
+def _resident(kind: str) -> float:
+    """MiB of this program: `ru_maxrss` is handed down from who started it."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return int(status.split(f"{kind}:")[1].split()[0]) / 1024
 
 
 def table(rows: list[Row]) -> str:
