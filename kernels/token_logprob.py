@@ -13,7 +13,7 @@ the head's gradient is formed once.
 
 import torch
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits
 
 
 def reference(
