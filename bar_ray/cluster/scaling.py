@@ -8,6 +8,7 @@ an internal interface of Ray Train: `tests/test_pool.py` fails when a new Ray ch
 from collections.abc import Callable
 from typing import Any
 
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ResizeDecision,
@@ -60,6 +61,11 @@ class PoolTrainer(DataParallelTrainer):
     def __init__(self, loop: Callable[..., Any], holder: str, **arguments: Any) -> None:
         super().__init__(loop, **arguments)
         self.holder = holder
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without the actor that splits datasets: ours are artifacts, which workers read alone."""
+        found = super()._create_default_callbacks()
+        return [callback for callback in found if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         policy = FollowPool(self.scaling_config, self.holder)
