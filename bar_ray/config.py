@@ -17,7 +17,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bar_ray.recipe import ROLES, SHARED, STAGES, Expert, Learn, Recipe, Rlvr, Stage
+from bar_ray.recipe import (
+    ROLES,
+    SHARED,
+    STAGES,
+    Dataset,
+    Decontaminate,
+    Expert,
+    Learn,
+    Recipe,
+    Rlvr,
+    Stage,
+)
 from bar_ray.types import UserError
 
 DOMAIN_NAME = r"[\w][\w.-]*"
@@ -43,7 +54,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
         _drop_experts(merged)
         _apply_stage_defaults(merged)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(_one_line(error, path)) from error
     check(recipe)
     return recipe
@@ -65,6 +76,7 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: `extends` comes back to itself")
     raw = _read_yaml(path)
     raw["experts"] = _include_experts(raw.get("experts") or {}, path)
+    raw["datasets"] = _named_uris(raw.get("datasets") or {})
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
@@ -95,11 +107,22 @@ def _include_experts(experts: Any, path: Path) -> dict[str, Any]:
     }
 
 
+def _named_uris(datasets: Any) -> dict[str, Any]:
+    """A dataset given as a string is its URI."""
+    if not isinstance(datasets, dict):
+        raise UserError(f"datasets: must be names with their URIs, not {datasets!r:.60}")
+    return {
+        name: {"uri": dataset} if isinstance(dataset, str) else dataset
+        for name, dataset in datasets.items()
+    }
+
+
 def _dotlist(overrides: Sequence[str]) -> Any:
     for item in overrides:
         if "=" not in item:
             raise UserError(f"'{item}' is not an override: write key=value, such as seed=1")
-    return OmegaConf.from_dotlist(list(overrides))
+    uri = r"^(datasets\.[^.=]+)=(?!\{)"
+    return OmegaConf.from_dotlist([re.sub(uri, r"\1.uri=", item) for item in overrides])
 
 
 def _refuse_new_experts(merged: Any, known: tuple[str, ...], path: str) -> None:
@@ -201,6 +224,10 @@ def check(recipe: Recipe) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     if not recipe.experts:
         yield "experts: at least one expert is needed"
+    for name, dataset in recipe.datasets.items():
+        yield from _dataset_problems(f"datasets.{name}", dataset, recipe)
+    if recipe.decontaminate is not None:
+        yield from _decontaminate_problems(recipe.decontaminate, recipe)
     if recipe.tiny is None and not recipe.base.post_trained:
         yield "base.post_trained: give the dense checkpoint to branch from, or a `tiny` section"
     if recipe.tiny is not None:
@@ -276,6 +303,27 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]
     most = 2 if isinstance(stage, Rlvr) else 3
     if not 0 <= stage.run.zero_stage <= most:
         yield f"{key}.run.zero_stage is {stage.run.zero_stage}; 0 to {most} are supported here"
+
+
+def _dataset_problems(key: str, dataset: Dataset, recipe: Recipe) -> Iterator[str]:
+    if not dataset.uri:
+        yield f"{key}.uri is empty; give a file, a folder or hf://datasets/OWNER/NAME"
+    if dataset.uri.startswith("tiny:") and recipe.tiny is None:
+        yield f"{key}.uri is {dataset.uri}, and this recipe has no `tiny` section to make it"
+    yield from _choice(f"{key}.faulty", dataset.faulty, ("refuse", "skip"))
+    if dataset.limit < 0:
+        yield f"{key}.limit is {dataset.limit}; it must be 0 or more"
+
+
+def _decontaminate_problems(settings: Decontaminate, recipe: Recipe) -> Iterator[str]:
+    known = [*recipe.evaluate.categories]
+    for name in settings.against:
+        if name not in known:
+            hint = nearest(name, known) or f"the categories are {', '.join(known)}"
+            yield f"decontaminate.against: no category '{name}'; {hint}"
+    yield from _positive("decontaminate", settings, ("ngram",))
+    if not 0 <= settings.overlap < 1:
+        yield f"decontaminate.overlap is {settings.overlap}; it must be from 0 to below 1"
 
 
 def _learn_problems(key: str, learn: Learn, roles: Sequence[str]) -> Iterator[str]:

@@ -22,6 +22,9 @@ from bar_ray.types import Artifact
 VERBS: dict[str, tuple[str, int]] = {
     "world": ("bar_ray.tiny.verbs:world", 7),
     "init": ("bar_ray.tiny.verbs:init", 3),
+    "tokenizer": ("bar_ray.model.adopt:tokenizer", 1),
+    "check": ("bar_ray.check:run", 1),
+    "prepare": ("bar_ray.data.prepare:run", 1),
     "tokenise": ("bar_ray.data.tokenise:run", 1),
     "sample": ("bar_ray.data.sample:run", 2),
     "train": ("bar_ray.stages.start:language_model", 2),

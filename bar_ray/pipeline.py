@@ -7,12 +7,12 @@ Nothing runs here: `build` says what depends on what, `cluster.run.execute` runs
 yet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bar_ray import config, registry, storage
 from bar_ray.graph import Published, Step, topological
-from bar_ray.recipe import STAGES, Baselines, Expert, Recipe, Reproduce, Stage, Sweep
+from bar_ray.recipe import STAGES, Baselines, Dataset, Expert, Recipe, Reproduce, Stage, Sweep
 from bar_ray.registry import Version
 from bar_ray.types import UserError
 
@@ -184,6 +184,47 @@ def rollouts(recipe: Recipe, domain: str, steps: int) -> Step:
     return replace(rlvr, verb="rollouts", settings=settings)
 
 
+def checks(recipe: Recipe, names: Sequence[str] = (), kind: str = "") -> list[Step]:
+    """A look at every use of the recipe's data, or of some datasets, or of some as a kind."""
+    graph = Builder(recipe)
+    tokenizer = graph.tokenizer_alone()
+    found = uses(recipe)
+    for name in names:
+        config.pick("dataset", name, recipe.datasets)
+        if not kind and name not in {used for used, _ in found}:
+            raise UserError(f"datasets.{name} is used by no stage: say what it is with --kind")
+        if kind:
+            found.setdefault((name, kind), max(found.values()))
+    chosen = [use for use in found if not names or use[0] in names]
+    steps = [
+        graph.check(name, recipe.datasets[name], each, found[name, each], tokenizer)
+        for name, each in chosen
+        if not kind or each == kind
+    ]
+    if not names and kind in ("", "prompts"):
+        tests = {name: Dataset(uri) for name, uri in recipe.evaluate.categories.items()}
+        longest = max(found.values())
+        steps += [
+            graph.check(f"test-{n}", d, "prompts", longest, tokenizer) for n, d in tests.items()
+        ]
+    return steps
+
+
+def uses(recipe: Recipe) -> dict[tuple[str, str], int]:
+    """(dataset, kind) -> the fewest tokens that a stage gives its rows."""
+    tiny, found = recipe.tiny, {}
+    stages = [(tiny.pretrain, "text"), (tiny.post_train, "messages")] if tiny else []
+    for expert in recipe.experts.values():
+        stages += [(expert.midtrain, "text"), (expert.sft, "messages"), (expert.rlvr, "prompts")]
+        if expert.rlvr and expert.rlvr.held_out:
+            stages.append((replace(expert.rlvr, data={expert.rlvr.held_out: 1.0}), "prompts"))
+    stages.append((recipe.router, "messages"))
+    for stage, kind in stages:
+        for name in stage.data if stage else ():
+            found[name, kind] = min(stage.seq_len, found.get((name, kind), stage.seq_len))
+    return found
+
+
 class Builder:
     """Makes steps of one recipe."""
 
@@ -218,6 +259,20 @@ class Builder:
         pretrained = self.lm("train", "pretrained", tiny.pretrain, untrained, "text")
         return self.lm("train", "base", tiny.post_train, pretrained, "messages"), pretrained
 
+    def tokenizer_alone(self) -> Step:
+        """What renders the data, without the weights beside it."""
+        if self.recipe.tiny is not None:
+            return self.step("init", "tiny", {"seed": self.recipe.seed}, {})
+        uri = self.recipe.base.post_trained
+        content = storage.fingerprint_files(uri, storage.TOKENIZER_FILES)
+        return self.step("tokenizer", "base", {}, {}, {"checkpoint": (uri, content)})
+
+    def check(self, name: str, dataset: Dataset, kind: str, seq_len: int, tokenizer: Step) -> Step:
+        rows, world = self.located(dataset.uri)
+        settings = {"dataset": replace(dataset, uri=""), "kind": kind, "seq_len": seq_len}
+        inputs = {"tokenizer": tokenizer, **world}
+        return self.step("check", name, settings, inputs, {"rows": rows})
+
     def imported(self, name: str, uri: str) -> Step:
         content = storage.fingerprint_files(uri, storage.CHECKPOINT_FILES)
         data = {"checkpoint": (uri, content)}
@@ -246,10 +301,36 @@ class Builder:
         return self.step(verb, name, settings, {"model": model, **tokens})
 
     def tokenise(self, dataset: str, kind: str, seq_len: int) -> Step:
-        rows, world = self.located(self.recipe.datasets[dataset])
+        rows, made = self.dataset(dataset, kind)
         settings = {"kind": kind, "seq_len": seq_len}
-        inputs = {"tokenizer": self.tokenizer, **world}
+        inputs = {"tokenizer": self.tokenizer, **made}
         return self.step("tokenise", f"{dataset}-{seq_len}", settings, inputs, {"rows": rows})
+
+    def dataset(
+        self, name: str, kind: str, trained_on: bool = True
+    ) -> tuple[tuple[str, str], dict[str, Step]]:
+        """The rows of a dataset, as they are or prepared, and the steps that make them."""
+        dataset = self.recipe.datasets[name]
+        against = self.recipe.decontaminate if trained_on else None
+        rows, world = self.located(dataset.uri)
+        if dataset.is_plain and against is None:
+            return rows, world
+        settings = {"dataset": replace(dataset, uri=""), "kind": kind, "decontaminate": against}
+        data, inputs = {"rows": rows}, world
+        if against is not None:
+            tests, made = self.tests(against.against or self.recipe.evaluate.categories)
+            data |= {f"test:{category}": rows for category, rows in tests.items()}
+            inputs = inputs | made
+        step = self.step("prepare", name, settings, inputs, data)
+        place = f"prepared-{name}"
+        return (f"{place}:rows", name), {place: step}
+
+    def tests(self, categories: Iterable[str]) -> tuple[dict, dict]:
+        data, inputs = {}, {}
+        for name in categories:
+            data[name], made = self.located(self.recipe.evaluate.categories[name])
+            inputs |= made
+        return data, inputs
 
     def located(self, uri: str) -> tuple[tuple[str, str], dict[str, Step]]:
         """(URI, content fingerprint) of a dataset, and the world's step when it is from there."""
@@ -258,18 +339,20 @@ class Builder:
         return (uri, storage.fingerprint_files(uri)), {}
 
     def rlvr(self, domain: str, stage: Stage, model: Step) -> Step:
-        names = [*stage.data, *([stage.held_out] if stage.held_out else [])]
-        data, inputs = self._many({name: self.recipe.datasets[name] for name in names})
+        data, inputs = self.datasets(stage.data, "prompts")
+        if stage.held_out:
+            data[stage.held_out], made = self.dataset(stage.held_out, "prompts", trained_on=False)
+            inputs |= made
         if stage.replay:
             data["replay"] = (stage.replay, storage.fingerprint_files(stage.replay))
         settings = {"stage": stage, "seed": self.recipe.seed}
         return self.step("rlvr", domain, settings, {"model": model, **inputs}, data)
 
-    def _many(self, uris: dict[str, str]) -> tuple[dict, dict]:
+    def datasets(self, names: Iterable[str], kind: str) -> tuple[dict, dict]:
         data, inputs = {}, {}
-        for name, uri in uris.items():
-            data[name], world = self.located(uri)
-            inputs.update(world)
+        for name in names:
+            data[name], made = self.dataset(name, kind)
+            inputs |= made
         return data, inputs
 
     def merge(self, branch: Step, experts: dict[str, Step]) -> Step:
@@ -297,7 +380,7 @@ class Builder:
         sources = list(router.data) or sorted(
             {name for e in self.recipe.experts.values() if e.sft for name in e.sft.data}
         )
-        data, inputs = self._many({name: self.recipe.datasets[name] for name in sources})
+        data, inputs = self.datasets(sources, "messages")
         settings = {"fraction": router.fraction, "seed": self.recipe.seed}
         settings |= {"stratified": router.stratified, "natural": router.natural}
         sample = self.step("sample", "router", settings, inputs, data)
@@ -313,6 +396,6 @@ class Builder:
         return self.step("tokenise", f"router-{source}", settings, inputs, rows)
 
     def evaluate(self, name: str, model: Step) -> Step:
-        data, inputs = self._many(self.recipe.evaluate.categories)
-        inputs = {"model": model, **inputs}
+        data, made = self.tests(self.recipe.evaluate.categories)
+        inputs = {"model": model, **made}
         return self.step("evaluate", name, self.recipe.evaluate, inputs, data)

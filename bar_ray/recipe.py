@@ -30,6 +30,34 @@ def _setting(default: Any, doc: str, *, how: bool) -> Any:
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """Rows from somewhere, and how they become ours. A URI alone stands for one with that `uri`."""
+
+    uri: str = what("", "parquet, JSONL or a folder of them; hf://datasets/OWNER/NAME; tiny:PATH")
+    files: str = what("", "which files below `uri`: data/train-*; empty: all")
+    columns: dict[str, str] = what(
+        dict, "our field -> theirs, with dots where nested: {ground_truth: reward_model.answer}"
+    )
+    verifier: str = what("", "verifier of prompts that name none")
+    limit: int = what(0, "take the first so many rows that can be used; 0: all")
+    faulty: str = what("refuse", "rows that cannot be used: refuse, or skip (they are counted)")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its files can be read as they are."""
+        return self == Dataset(self.uri)
+
+
+@dataclass(frozen=True)
+class Decontaminate:
+    """Rows that repeat a test prompt are taken out of training data (Tulu 3, section 3.2)."""
+
+    against: list[str] = what(list, "categories of `evaluate`; empty: all")
+    ngram: int = what(8, "so many words in a row that are the same count as copied")
+    overlap: float = what(0.5, "a row is left out when it copies more of a test prompt's words")
+
+
+@dataclass(frozen=True)
 class Learn:
     """The freeze table of a stage: each role's learning rate as a multiple of the stage's `lr`.
 
@@ -358,7 +386,8 @@ class Recipe:
     seed: int = what(0, "seed of data order, initialisation and sampling")
     tiny: Tiny | None = what(None, "build the small world first and take its base and data")
     base: Base = what(Base, "the dense checkpoints")
-    datasets: dict[str, str] = what(dict, "name -> URI of parquet or JSONL (tiny: for the world's)")
+    datasets: dict[str, Dataset] = what(dict, "name -> URI, or URI and how to read it")
+    decontaminate: Decontaminate | None = what(None, "keep test prompts out of training data")
     stages: Stages = what(Stages, "defaults shared by the experts' stages")
     experts: dict[str, Expert] = what(dict, "domain -> stages")
     merge: Merge = what(Merge, "merging")

@@ -117,7 +117,7 @@ def test_mistakes_found_by_a_step_stop_only_what_depends_on_it(tmp_path: Path) -
     with pytest.raises(StepFailed) as caught:
         session.drive(recipe, steps)
     lines = str(caught.value).splitlines()
-    assert any("bad.jsonl line 701 has no `messages`" in line for line in lines)
+    assert any("bad.jsonl line 701: `messages` is missing" in line for line in lines)
     assert any("has no chat template" in line for line in lines)
     assert any("is not a whole safetensors file" in line for line in lines)
     assert len(lines) == 3

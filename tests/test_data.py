@@ -24,10 +24,10 @@ def write_lines(path: Path, rows: list) -> str:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "line 2 has no `messages`"),
-        ("{not json", "line 2 is not valid JSON"),
-        ({"messages": [{"content": "x"}]}, "line 2 has a message without `role`"),
-        ([1], "line 2 must be an object"),
+        ({"text": "x"}, "line 2: `messages` is missing"),
+        ("{not json", "line 2: is not valid JSON"),
+        ({"messages": [{"content": "x"}]}, "line 2: `messages[0].role` is missing"),
+        ([1], "line 2: must be an object"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, row: object, message: str) -> None:
@@ -60,11 +60,11 @@ def test_parts_hold_every_line_once_wherever_they_are_cut(tmp_path: Path, end: s
 def test_parquet_rows_are_those_of_jsonl(tmp_path: Path) -> None:
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     message = {"role": "assistant", "content": "x", "tool_calls": [call]}
-    rows = [{"messages": [message], "tools": [{"name": f"t{n}"}], "n": n} for n in range(5)]
+    rows = [{"messages": [message], "tools": [{"name": "f"}], "n": n} for n in range(5)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
     assert list(formats.read_rows(str(tmp_path / "a.parquet"), "messages")) == rows
     assert len(formats.parts(str(tmp_path / "a.parquet"))) == 3
-    with pytest.raises(UserError, match=r"a.parquet row 1 has no `text`"):
+    with pytest.raises(UserError, match=r"a.parquet row 1: `text` is missing"):
         list(formats.read_rows(str(tmp_path / "a.parquet"), "text"))
 
 
@@ -73,10 +73,17 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
         formats.files(str(tmp_path / "none.jsonl"))
 
 
+NAME = {"name": "f"}
+
+
 def test_arguments_of_different_tools_are_not_merged(tmp_path: Path) -> None:
     calls = [{"city": "Oslo"}, {"a": 1, "b": [2]}]
     rows = [
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": c}}]}]}
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {**NAME, "arguments": c}}]}
+            ]
+        }
         for c in calls
     ]
     read = list(formats.read_rows(write_lines(tmp_path / "a.jsonl", rows), "messages"))
@@ -180,3 +187,44 @@ def test_sample_is_exact_in_every_stratum() -> None:
 def test_content_hash_ignores_key_order_and_layout() -> None:
     assert sample.content_hash('{"a":1, "b": 2}', 0) == sample.content_hash('{"b":2,"a":1}', 0)
     assert sample.content_hash('{"a":1}', 0) != sample.content_hash('{"a":1}', 1)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".arrow", ".parquet"])
+def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"{n} é", **({"n": n} if n % 2 else {})} for n in range(5)]
+    path = tmp_path / f"a{suffix}"
+    table = pa.Table.from_pylist(rows, pa.schema({"text": pa.string(), "n": pa.int64()}))
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    elif suffix == ".arrow":  # as `datasets` saves one
+        with pa.ipc.new_stream(path, table.schema) as sink:
+            sink.write_table(table, max_chunksize=2)
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with pa.output_stream(path, compression="detect") as sink:
+            sink.write(content)
+    assert list(formats.read_rows(str(tmp_path), "text")) == rows, "nulls of columns are left out"
+    place = [place for part in formats.parts(str(path)) for place, _ in formats.read_part(part)][3]
+    number = "row 4" if suffix in formats.COLUMNAR else "line 4"
+    assert formats.where(str(path), place) == f"{path} {number}"
+
+
+def test_files_are_chosen_by_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("data/train-0.jsonl", "data/train-1.jsonl", "data/test-0.jsonl", "notes.txt"):
+        write_lines(tmp_path / name, [{"text": name}])
+    chosen = formats.files(str(tmp_path), "data/train-*")
+    assert [Path(file).name for file in chosen] == ["train-0.jsonl", "train-1.jsonl"]
+    assert len(formats.files(f"{tmp_path}/")) == 3
+    with pytest.raises(
+        UserError, match=r"matches data/dev\*; there are data/test-0.jsonl, data/tr"
+    ):
+        formats.files(str(tmp_path), "data/dev*")
+
+
+def test_a_cut_file_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x" * 500] * 50}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:-30])
+    with pytest.raises(UserError, match=r"cannot read .*a.parquet"):
+        list(formats.read_rows(str(tmp_path), "text"))

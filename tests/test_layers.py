@@ -24,7 +24,7 @@ LAYERS = (
     ("L3", "train"),
     ("L3", "rollout"),  # samples carry the advantages that train defines
     ("L4", "stages"),
-    ("L4", "merge route evaluate tiny"),
+    ("L4", "merge route evaluate tiny check"),
     ("L4", "baselines"),
     ("L5", "pipeline"),
     ("L5", "report"),

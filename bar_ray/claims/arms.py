@@ -198,7 +198,7 @@ class Arms(pipeline.Builder):
             adapter_of |= {source: domain for source in sft.data if source not in adapter_of}
         shares, tokens = self.router_data()
         sample = next(iter(tokens.values())).inputs["sample"]
-        data, world = self._many(recipe.evaluate.categories)
+        data, world = self.tests(recipe.evaluate.categories)
         known = {source: adapter_of.get(source, GENERAL) for source in shares}
         router = self.step(
             "adapter_router",

@@ -1,105 +1,131 @@
-"""Rows as users have them, checked with file and line.
+"""Files as users have them, read in parts, with the place of every row.
 
-Parquet and JSONL only. Mid-training rows have `text`; SFT rows have `messages` (with `tools` and
-`tool_calls` where tools are used); RLVR and test rows have `messages`, `verifier`, `ground_truth`.
-JSONL is parsed line by line: a columnar reader would merge the arguments of different tools into
-one struct and fill the gaps with nulls.
+Parquet, Arrow files as `datasets` saves them, and JSONL, also compressed (`.gz`, `.zst`). JSONL is
+parsed line by line: a columnar reader would merge the arguments of different tools into one struct
+and fill the gaps with nulls. Files that did so are rid of their nulls.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bar_ray import storage
+from bar_ray.data import rows
+from bar_ray.data.rows import Row
+from bar_ray.log import some
 from bar_ray.types import UserError
 
 PART_BYTES = 64 << 20
 CHUNK = 4 << 20
-NEEDED = {
-    "text": {"text": str},
-    "messages": {"messages": list},
-    "prompts": {"messages": list, "verifier": str},
-}
-
-
-SUFFIXES = (".parquet", ".jsonl")
+NO_END = 1 << 62  # of what is compressed: its size is not known
+COLUMNAR = (".parquet", ".arrow")
+PACKED = (".jsonl.gz", ".jsonl.zst")
+NO_TEXT = "\0"  # no JSON begins with it
+SUFFIXES = (*COLUMNAR, ".jsonl", *PACKED)
 
 
 @dataclass(frozen=True)
 class Part:
     """A piece of a file that one worker reads: bytes of JSONL, or row groups of parquet.
 
-    A JSONL part holds the lines that begin in it.
+    A JSONL part holds the lines that begin in it. Other files are a part each.
     """
 
     file: str
     start: int
     end: int
 
-    @property
-    def is_parquet(self) -> bool:
-        return is_parquet(self.file)
+
+def ends_with(file: str, *suffixes: str) -> bool:
+    return file.partition("?")[0].endswith(suffixes)
 
 
-def is_parquet(file: str) -> bool:
-    return file.partition("?")[0].endswith(".parquet")
-
-
-def read_rows(uri: str, kind: str) -> Iterator[dict[str, Any]]:
+def read_rows(uri: str, kind: str) -> Iterator[Row]:
     """Checked rows of a file or folder, in file order."""
     for part in parts(uri):
         for place, line in read_part(part):
             yield parse_line(line, kind, part.file, place)
 
 
-def files(uri: str) -> list[str]:
-    """The parquet and JSONL files of a URI, sorted; a UserError when there are none."""
+def files(uri: str, pattern: str = "") -> list[str]:
+    """The dataset files of a URI whose path below it matches, sorted; a UserError without any."""
+    if ends_with(uri, *SUFFIXES):
+        found = [uri] if storage.exists(uri) else []
+    else:
+        found = [f for f in storage.list_files(uri, True) if ends_with(f, *SUFFIXES)]
+    if not found:
+        kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise UserError(f"no dataset at {uri}: give a {kinds} file, or a folder of them")
+    below = {file: file.removeprefix(uri.rstrip("/")).lstrip("/") for file in found}
+    matching = [file for file in found if not pattern or fnmatch(below[file], pattern)]
+    if not matching:
+        raise UserError(f"no file of {uri} matches {pattern}; there are {some([*below.values()])}")
+    return matching
 
-    def is_dataset(file: str) -> bool:
-        return file.partition("?")[0].endswith(SUFFIXES)
 
-    found = [uri] if is_dataset(uri) else storage.list_files(uri, True)
-    found = sorted(filter(is_dataset, found))
-    if not found or not all(storage.exists(file) for file in found):
-        raise UserError(f"no dataset at {uri}: give a .parquet or .jsonl file, or a folder of them")
-    return found
-
-
-def parts(uri: str, part_bytes: int = PART_BYTES) -> list[Part]:
+def parts(uri: str, pattern: str = "", part_bytes: int = PART_BYTES) -> list[Part]:
     """The pieces of a dataset, in order, of about the given size."""
     found = []
-    for file in files(uri):
-        filesystem, path = storage.resolve(file)
-        if is_parquet(file):
-            with pq.ParquetFile(path, filesystem=filesystem) as reader:
-                groups = reader.num_row_groups
-            found += [Part(file, group, group + 1) for group in range(groups)]
-        else:
-            size = filesystem.get_file_info(path).size
-            starts = range(0, size, part_bytes)
-            found += [Part(file, start, min(start + part_bytes, size)) for start in starts]
+    for file in files(uri, pattern):
+        with storage.explained("read", file):
+            filesystem, path = storage.resolve(file)
+            if ends_with(file, ".parquet"):
+                with pq.ParquetFile(path, filesystem=filesystem) as reader:
+                    groups = reader.num_row_groups
+                found += [Part(file, group, group + 1) for group in range(groups)]
+            else:
+                size = filesystem.get_file_info(path).size
+                whole = ends_with(file, *PACKED, ".arrow")
+                starts = range(0, size, size if whole else part_bytes) if size else ()
+                ends = (NO_END if whole else min(at + part_bytes, size) for at in starts)
+                found += [Part(file, at, end) for at, end in zip(starts, ends, strict=True)]
     return found
 
 
 def read_part(part: Part) -> Iterator[tuple[int, str]]:
     """(place, row as JSON) of every row of a part.
 
-    The place is a byte of a JSONL file, or a row of a row group of parquet.
+    The place is a byte of a JSONL file (of its content when it is compressed), or the number of a
+    row. What cannot be read as text is `NO_TEXT` and the reason: `parse_line` refuses it.
     """
+    with storage.explained("read", part.file):
+        if ends_with(part.file, *COLUMNAR):
+            for place, row in _table_rows(part):
+                yield place, json.dumps(without_nulls(row), ensure_ascii=False, default=str)
+        else:
+            with _opened(part.file) as source:
+                yield from _lines(source, part)
+
+
+def _table_rows(part: Part) -> Iterator[tuple[int, Row]]:
     filesystem, path = storage.resolve(part.file)
-    if part.is_parquet:
-        with pq.ParquetFile(path, filesystem=filesystem) as reader:
-            first = sum(reader.metadata.row_group(g).num_rows for g in range(part.start))
-            for batch in reader.iter_batches(row_groups=range(part.start, part.end)):
-                for row in batch.to_pylist():
-                    yield first, json.dumps(row, ensure_ascii=False, default=str)
-                    first += 1
+    if ends_with(part.file, ".arrow"):
+        with filesystem.open_input_file(path) as source, pa.ipc.open_stream(source) as batches:
+            yield from enumerate(row for batch in batches for row in batch.to_pylist())
         return
-    with filesystem.open_input_file(path) as source:
-        yield from _lines(source, part)
+    with pq.ParquetFile(path, filesystem=filesystem) as reader:
+        first = sum(reader.metadata.row_group(g).num_rows for g in range(part.start))
+        batches = reader.iter_batches(row_groups=range(part.start, part.end))
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), first)
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the fields that a column gave to every row because some have them."""
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _opened(file: str) -> pa.NativeFile:
+    filesystem, path = storage.resolve(file)
+    if ends_with(file, *PACKED):
+        return filesystem.open_input_stream(path, compression="detect")
+    return filesystem.open_input_file(path)
 
 
 def _lines(source: Any, part: Part) -> Iterator[tuple[int, str]]:
@@ -113,57 +139,55 @@ def _lines(source: Any, part: Part) -> Iterator[tuple[int, str]]:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if not skipping and place < part.end and line.strip():
-                yield place, _decoded(line, part.file, place)
+                yield place, _decoded(line)
             skipping = False
             place += len(line) + 1
             if place >= part.end:
                 return
     if rest.strip() and not skipping:
-        yield place, _decoded(rest, part.file, place)
+        yield place, _decoded(rest)
 
 
-def _decoded(line: bytes, file: str, place: int) -> str:
+def _decoded(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{where(file, place)} is not UTF-8 text: {error.reason}") from error
+        return f"{NO_TEXT}is not UTF-8 text: {error.reason} at byte {error.start + 1} of it"
 
 
 def where(file: str, place: int) -> str:
     """A row's file and number for people; the lines are counted only now."""
-    if is_parquet(file):
-        return f"{file} row {place + 1}"
-    filesystem, path = storage.resolve(file)
-    number = 1
-    with filesystem.open_input_file(path) as source:
-        while place > 0:
-            chunk = source.read(min(CHUNK, place))
-            number, place = number + chunk.count(b"\n"), place - len(chunk)
-    return f"{file} line {number}"
+    return named(file, [place])[place]
 
 
-def parse_line(line: str, kind: str, file: str, place: int) -> dict[str, Any]:
+def named(file: str, places: Iterable[int]) -> dict[int, str]:
+    """The same for many rows of a file, which is read once; places below 0 are no rows."""
+    wanted = sorted({place for place in places if place >= 0})
+    if ends_with(file, *COLUMNAR):
+        return {place: f"{file} row {place + 1}" for place in wanted}
+    found, number, at = {}, 1, 0
+    with _opened(file) as source:
+        for place in wanted:
+            while at < place:
+                chunk = source.read(min(CHUNK, place - at))
+                number, at = number + chunk.count(b"\n"), at + len(chunk)
+            found[place] = f"{file} line {number}"
+    return found
+
+
+def parse_line(line: str, kind: str, file: str, place: int) -> Row:
     """A row as JSON -> the checked row."""
     try:
-        return check_row(json.loads(line), kind)
-    except (ValueError, WrongRow) as error:
-        problem = error if isinstance(error, WrongRow) else f"is not valid JSON: {error}"
-        raise UserError(f"{where(file, place)} {problem}") from error
+        return rows.checked(decoded(line), kind)
+    except rows.WrongRow as error:
+        raise UserError(f"{where(file, place)}: {error}") from error
 
 
-def check_row(row: Any, kind: str) -> dict[str, Any]:
-    """Refuse a row without the fields its kind needs."""
-    if not isinstance(row, dict):
-        raise WrongRow(f"must be an object with {', '.join(NEEDED[kind])}")
-    for name, wanted in NEEDED[kind].items():
-        if not isinstance(row.get(name), wanted):
-            has = ", ".join(row) or "nothing"
-            raise WrongRow(f"has no `{name}` ({wanted.__name__}); it has {has}")
-    for message in row.get("messages") or ():
-        if not isinstance(message, dict) or "role" not in message:
-            raise WrongRow("has a message without `role`; each needs `role` and `content`")
-    return row
-
-
-class WrongRow(Exception):
-    """What is wrong with a row, to be said behind where it stands."""
+def decoded(line: str) -> Any:
+    """The JSON of a line that `read_part` gave; WrongRow when it is none."""
+    if line.startswith(NO_TEXT):
+        raise rows.WrongRow(line.removeprefix(NO_TEXT))
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise rows.WrongRow(f"is not valid JSON: {error}") from error

@@ -5,7 +5,7 @@ Every stage that trains on the same data at the same length reads the same rows.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +20,7 @@ BATCH_ROWS = 512
 
 
 @functools.cache
-def _tokenizer(uri: str) -> Any:
+def tokenizer_of(uri: str) -> Any:
     return chat.load_tokenizer(storage.fetch(uri))  # once in a worker process, on its own node
 
 
@@ -47,13 +47,18 @@ def blocks(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         yield block
 
 
-def lines(uri: str, num_cpus: float) -> ray.data.Dataset:
-    """The rows of a dataset as JSON, with where they stand: columns `line`, `file`, `place`.
+def lines(uri: str, num_cpus: float, pattern: str = "") -> ray.data.Dataset:
+    """The rows of a dataset as JSON, with where they stand: columns `line`, `file`, `place`."""
+    return lines_of(formats.parts(uri, pattern), num_cpus)
+
+
+def lines_of(parts: Sequence[formats.Part], num_cpus: float) -> ray.data.Dataset:
+    """The same of some of its parts.
 
     Reading asks for as much of a CPU as what follows: Ray Data then runs both in one worker.
     """
-    parts = [asdict(part) for part in formats.parts(uri)]
-    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
+    items = [asdict(part) for part in parts]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
     return dataset.map_batches(_read, batch_size=1, num_cpus=num_cpus)
 
 
@@ -66,7 +71,7 @@ def _read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
             places, texts = map(list, zip(*some, strict=True))
             yield {"line": texts, "file": [part.file] * len(texts), "place": places}
     except UserError as error:
-        yield {"line": [str(error)], "file": [""], "place": [-1]}
+        yield {"line": [str(error)], "file": [part.file], "place": [-1]}
 
 
 def parse(batch: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -82,7 +87,7 @@ def parse(batch: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 @or_mistake
 def encode(batch: dict[str, Any], tokenizer_uri: str, kind: str) -> dict[str, list]:
     """A batch of `lines` -> token ids and loss masks."""
-    tokenizer = _tokenizer(tokenizer_uri)
+    tokenizer = tokenizer_of(tokenizer_uri)
     docs = [
         chat.plain_text(tokenizer, row["text"])
         if kind == "text"
@@ -96,7 +101,7 @@ def run(step: Any, run: Any) -> None:
     """Inputs: `tokenizer` (a checkpoint); data: `rows`; settings: kind, seq_len."""
     kind, seq_len = step.settings["kind"], step.settings["seq_len"]
     tokenizer_uri = step.inputs["tokenizer"].artifact.uri
-    tokenizer = _tokenizer(tokenizer_uri)
+    tokenizer = tokenizer_of(tokenizer_uri)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     encoded = lines(run.locate(step, "rows"), run.light_cpus).map_batches(
         encode,

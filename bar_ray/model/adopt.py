@@ -32,6 +32,16 @@ def run(step: Any, run: Any) -> None:
             raise UserError(str(error).replace(folder, uri)) from error
 
 
+def tokenizer(step: Any, run: Any) -> None:
+    """Data: `checkpoint`; the files of its tokenizer alone."""
+    uri = run.locate(step, "checkpoint", storage.TOKENIZER_FILES)
+    with run.output(step) as folder:
+        for file in storage.list_files(uri):
+            name = file.split("?")[0].rsplit("/", 1)[-1]
+            if name.endswith(storage.TOKENIZER_FILES):
+                copy(file, Path(folder, name))
+
+
 def copy(uri: str, target: Path) -> None:
     """Stream one file from any storage to a local path."""
     filesystem, path = storage.resolve(uri)

@@ -5,6 +5,7 @@ from bar_ray.storage.cache import fetch
 from bar_ray.storage.files import (
     CHECKPOINT_FILES,
     MANIFEST,
+    TOKENIZER_FILES,
     check_writable,
     delete,
     discard,
@@ -24,6 +25,7 @@ from bar_ray.storage.files import (
 from bar_ray.storage.uris import (
     Damaged,
     StorageError,
+    explained,
     is_local,
     join,
     local_path,
@@ -34,6 +36,7 @@ from bar_ray.storage.uris import (
 __all__ = [
     "CHECKPOINT_FILES",
     "MANIFEST",
+    "TOKENIZER_FILES",
     "Damaged",
     "Manifest",
     "StorageError",
@@ -42,6 +45,7 @@ __all__ = [
     "delete",
     "discard",
     "exists",
+    "explained",
     "fetch",
     "fingerprint_files",
     "is_local",

@@ -16,12 +16,14 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from bar_ray.storage import hub
 from bar_ray.storage.uris import StorageError, explained, is_local, join, local_path, resolve, shown
 
 MANIFEST = "MANIFEST.json"
 CHUNK = 8 << 20
 THREADS = 8
-CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # not its README
+TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")
+CHECKPOINT_FILES = (".safetensors", *TOKENIZER_FILES)  # not its README
 LOCAL_LEFTOVER = r"\.[^/]+\.tmp-[^/]+-\d+-[0-9a-f]{8}"  # as made by `beside`
 REMOTE_LEFTOVER = r"data-[0-9a-f]{12}"
 FLAT = ("s3", "gcs", "abfs")  # object stores: no directories to create
@@ -263,6 +265,8 @@ def fingerprint_files(uri: str, suffixes: tuple[str, ...] = ("",)) -> str:
     """
     with explained("read", uri):
         filesystem, path = resolve(uri)
+        if uri.startswith(hub.SCHEME):
+            return digest(sorted(hub.content(path).items()))
         info = filesystem.get_file_info(path)
         if info.is_file:
             found = {info.base_name: (uri, info)}

@@ -1,6 +1,6 @@
 """Strings that say where: a local path, `file://`, `s3://` (another endpoint through
-AWS_ENDPOINT_URL or `?endpoint_override=host:port&scheme=http`), `gs://` or
-whatever else `pyarrow.fs` knows.
+AWS_ENDPOINT_URL or `?endpoint_override=host:port&scheme=http`), `gs://`, `hf://` (a dataset of the
+Hugging Face Hub, to read) or whatever else `pyarrow.fs` knows.
 
 Strings cross process borders, file system objects should not. Every failure behind a URI becomes
 one clear message here.
@@ -17,12 +17,17 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from bar_ray.storage import hub
 from bar_ray.types import UserError
 
 S3_ATTEMPTS = 7  # with growing, random pauses between them: about half a minute
 
 # The first pattern found in the system's or the store's words decides what the reader should do.
 HINTS = {
+    "Hugging Face": (
+        "check the name, the network and $HF_TOKEN, or fetch it where there is a network with "
+        "`hf download --repo-type dataset OWNER/NAME --local-dir FOLDER` and give that folder"
+    ),
     "NO_SUCH_BUCKET|[Bb]ucket .*not (found|exist)": "create the bucket or correct the URI",
     "ENOSPC|EDQUOT|QuotaExceeded": "the storage is full: free some space and run it again",
     "EACCES|EPERM|EROFS|ACCESS_DENIED|INVALID_ACCESS|SIGNATURE": (
@@ -116,6 +121,8 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if is_local(uri):
         return pafs.LocalFileSystem(), local_path(uri)
     with explained("open", uri):
+        if uri.startswith(hub.SCHEME):
+            return hub.filesystem(), unquote(uri.removeprefix(hub.SCHEME)).rstrip("/")
         head, _, query = uri.partition("?")
         scheme, _, rest = head.partition("://")
         place, _, path = rest.partition("/")

@@ -1,0 +1,147 @@
+"""The `prepare` verb: rows of somebody else's shape into ours, without those that repeat tests.
+
+Ray Data reads, renames and checks them a block at a time; what is kept is written in order, in
+files of bounded size. Memory does not grow with the dataset.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from bar_ray.data import formats, rows, tokenise
+from bar_ray.data.overlap import TestPrompts
+from bar_ray.recipe import Dataset, Decontaminate
+from bar_ray.types import UserError
+
+FILE_BYTES = 256 << 20
+KEPT, FAULTY = "", "faulty"
+COPIED = "copied from "  # and the category
+
+
+def renamed(row: Any, dataset: Dataset) -> Any:
+    """A row with our names for its fields."""
+    if not isinstance(row, dict):
+        return row
+    found = dict(row)
+    for ours, theirs in dataset.columns.items():
+        value = _at(row, theirs)
+        found.pop(theirs, None)
+        if value is not None:
+            found[ours] = value
+    if dataset.verifier:
+        found.setdefault("verifier", dataset.verifier)
+    return found
+
+
+def _at(row: Any, path: str) -> Any:
+    """The field of that name or, with dots, within a field."""
+    if not isinstance(row, dict) or path in row:
+        return row.get(path) if isinstance(row, dict) else None
+    head, _, rest = path.partition(".")
+    return _at(row.get(head), rest) if rest else None
+
+
+@tokenise.or_mistake
+def prepared(
+    batch: dict[str, Any], dataset: Dataset, kind: str, tests: TestPrompts | None
+) -> dict[str, list]:
+    """Lines -> our lines, and for each what became of it (`KEPT`, `FAULTY` or a copy)."""
+    lines, fates = [], []
+    for line, file, place in zip(batch["line"], batch["file"], batch["place"], strict=True):
+        try:
+            row = rows.checked(renamed(formats.decoded(str(line)), dataset), kind)
+        except rows.WrongRow as error:
+            if dataset.faulty == "refuse":
+                where = formats.where(str(file), int(place))
+                raise UserError(f"{where}: {error}{_source(error, dataset)}") from error
+            lines.append("")
+            fates.append(FAULTY)
+            continue
+        copied = tests.copied(row) if tests else ""
+        lines.append(json.dumps(row, ensure_ascii=False))
+        fates.append(COPIED + copied if copied else KEPT)
+    return {"line": lines, "fate": fates}
+
+
+def _source(error: rows.WrongRow, dataset: Dataset) -> str:
+    """Where one of our fields comes from, when it has another name there."""
+    named = [f"`{o}` is their `{t}`" for o, t in dataset.columns.items() if f"`{o}" in str(error)]
+    return f" ({'; '.join(named)})" if named else ""
+
+
+def run(step: Any, run: Any) -> None:
+    """Data: `rows`, and test prompts as `test:CATEGORY`; settings: dataset, kind, decontaminate.
+
+    Output: `rows/`, JSONL files; how many rows were kept and left out, in the manifest.
+    """
+    settings = step.settings
+    dataset, kind = settings["dataset"], settings["kind"]
+    tests = ray.put(_tests(step, run, settings["decontaminate"]))
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    read = tokenise.lines(run.locate(step, "rows"), run.light_cpus, dataset.files)
+    made = read.map_batches(
+        prepared_with,
+        fn_args=(dataset, kind, tests),
+        batch_size=tokenise.BATCH_ROWS,
+        num_cpus=run.light_cpus,
+    )
+    counts: Counter[str] = Counter()
+    info: dict[str, Any] = {}
+    with run.output(step, info) as folder:
+        _write(Path(folder, "rows"), _kept(made, dataset.limit, counts))
+        if not counts[KEPT]:
+            raise UserError(f"{run.locate(step, 'rows')}: no row is left of {counts.total()}")
+        info["rows"] = counts.pop(KEPT)
+        info["left_out"] = dict(counts)
+
+
+def prepared_with(batch: dict[str, Any], dataset: Dataset, kind: str, tests: Any) -> dict[str, Any]:
+    """The same with the test prompts from Ray's object store, where a node has them once."""
+    return prepared(batch, dataset, kind, ray.get(tests))
+
+
+def _tests(step: Any, run: Any, settings: Decontaminate | None) -> TestPrompts | None:
+    if settings is None:
+        return None
+    prompts = [
+        (name.removeprefix("test:"), text)
+        for name in step.data
+        if name.startswith("test:")
+        for row in formats.read_rows(run.locate(step, name), "prompts")
+        for text in _asked(row)
+    ]
+    return TestPrompts(prompts, settings.ngram, settings.overlap)
+
+
+def _asked(row: Mapping[str, Any]) -> Iterator[str]:
+    """What a test asks: the last turn of the user."""
+    asked = [m["content"] for m in row["messages"] if m["role"] == "user" and m.get("content")]
+    yield from asked[-1:]
+
+
+def _kept(made: ray.data.Dataset, limit: int, counts: Counter[str]) -> Iterator[str]:
+    for block in tokenise.blocks(made):
+        for line, fate in zip(block["line"], block["fate"], strict=True):
+            counts[str(fate)] += 1
+            if fate == KEPT:
+                yield str(line)
+            if limit and counts[KEPT] == limit:
+                return
+
+
+def _write(folder: Path, lines: Iterator[str]) -> None:
+    """JSONL files of about `FILE_BYTES`, in order."""
+    folder.mkdir()
+    line = next(lines, None)
+    for number in itertools.count():
+        if line is None:
+            return
+        with open(folder / f"{number:05d}.jsonl", "wb") as file:
+            while line is not None and file.tell() < FILE_BYTES:
+                file.write(line.encode() + b"\n")
+                line = next(lines, None)
