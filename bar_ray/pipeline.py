@@ -10,7 +10,7 @@ yet.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bar_ray import config, registry, storage
+from bar_ray import registry, storage, validate
 from bar_ray.graph import Published, Step, topological
 from bar_ray.recipe import STAGES, Baselines, Dataset, Expert, Recipe, Reproduce, Stage, Sweep
 from bar_ray.registry import Version
@@ -128,7 +128,7 @@ def with_experts(recipe: Recipe, experts: Mapping[str, Expert]) -> Recipe:
 
 def check_model(recipe: Recipe) -> None:
     """Refuse a recipe made of another one when its model cannot be."""
-    config.check(replace(recipe, reproduce=Reproduce(), baselines=Baselines(), sweep=Sweep()))
+    validate.check(replace(recipe, reproduce=Reproduce(), baselines=Baselines(), sweep=Sweep()))
 
 
 def _sources(experts: Mapping[str, Expert]) -> dict[str, set[str]]:
@@ -184,13 +184,13 @@ def rollouts(recipe: Recipe, domain: str, steps: int) -> Step:
     return replace(rlvr, verb="rollouts", settings=settings)
 
 
-def checks(recipe: Recipe, names: Sequence[str] = (), kind: str = "") -> list[Step]:
+def data_checks(recipe: Recipe, names: Sequence[str] = (), kind: str = "") -> list[Step]:
     """A look at every use of the recipe's data, or of some datasets, or of some as a kind."""
     graph = Builder(recipe)
     tokenizer = graph.tokenizer_alone()
     found = uses(recipe)
     for name in names:
-        config.pick("dataset", name, recipe.datasets)
+        validate.pick("dataset", name, recipe.datasets)
         if not kind and name not in {used for used, _ in found}:
             raise UserError(f"datasets.{name} is used by no stage: say what it is with --kind")
         if kind:

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bar_ray import storage
-from bar_ray.config import DOMAIN_NAME
 from bar_ray.types import UserError
+from bar_ray.validate import DOMAIN_NAME
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from bar_ray import config, pipeline, storage
+from bar_ray import config, pipeline, storage, validate
 from bar_ray.cluster import session
 from bar_ray.cluster.lease import Busy
 from bar_ray.cluster.sharing import PoolClient
@@ -87,7 +87,7 @@ def space(sweep: Sweep) -> dict[str, Any]:
 def check(recipe: Recipe) -> None:
     """Refuse a recipe whose trials could not be judged."""
     why = "a sweep judges each expert by the category of its name"
-    config.require_categories(recipe, [*recipe.experts], why)
+    validate.require_categories(recipe, [*recipe.experts], why)
 
 
 # --- one trial ------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from functools import cached_property
 
 from bar_ray import export, pipeline, registry
 from bar_ray.claims.table import OVERALL, Table
-from bar_ray.config import pick
 from bar_ray.graph import Step, topological
 from bar_ray.log import duration
 from bar_ray.pipeline import Pipeline
@@ -18,6 +17,7 @@ from bar_ray.recipe import Recipe
 from bar_ray.registry import MODEL, MODELS, Version
 from bar_ray.report import collect, history
 from bar_ray.types import UserError
+from bar_ray.validate import pick
 
 
 @dataclass(frozen=True)

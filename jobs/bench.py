@@ -19,9 +19,10 @@ import argparse
 import time
 
 from bar_ray import storage
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli, pick
 from bar_ray.recipe import Recipe
+from bar_ray.validate import pick
 
 ALONE = ("rlvr", "sandbox", "pool")  # too long to be part of the others
 

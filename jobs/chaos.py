@@ -11,8 +11,8 @@ import sys
 import time
 
 from bar_ray import pipeline, storage
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 
 

@@ -13,15 +13,15 @@ import argparse
 import sys
 
 from bar_ray import check, pipeline
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.data.rows import KINDS
 from bar_ray.recipe import Recipe
 
 
 def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
-    steps = pipeline.checks(recipe, args.dataset, args.kind)
+    steps = pipeline.data_checks(recipe, args.dataset, args.kind)
     if args.plan:
         return session.show_plan(steps)
     session.drive(recipe, steps)

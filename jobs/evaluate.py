@@ -10,9 +10,10 @@ Hugging Face folder with a tokenizer and a chat template.
 import argparse
 
 from bar_ray import pipeline, report
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli, pick
 from bar_ray.recipe import Recipe
+from bar_ray.validate import pick
 
 
 def main(recipe: Recipe, args: argparse.Namespace) -> None:

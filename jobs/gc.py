@@ -11,9 +11,9 @@ import argparse
 import time
 
 from bar_ray import pipeline, retention, storage
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
 from bar_ray.cluster.lease import Lease
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 
 

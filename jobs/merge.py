@@ -8,8 +8,8 @@ Missing experts are trained first; the router is left as the experts' rows (see 
 import argparse
 
 from bar_ray import pipeline
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 
 

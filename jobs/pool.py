@@ -11,8 +11,8 @@ import json
 import time
 
 from bar_ray import storage
+from bar_ray.cli import Cli
 from bar_ray.cluster import pool, session
-from bar_ray.config import Cli
 from bar_ray.log import duration
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError

@@ -17,8 +17,8 @@ from bar_ray import storage
 from bar_ray.claims import report
 from bar_ray.claims.claims import Evidence
 from bar_ray.claims.table import Table
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 
 

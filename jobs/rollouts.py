@@ -9,9 +9,10 @@ Writes JSONL by step, which `experts.NAME.rlvr.replay` takes, and a page to read
 import argparse
 
 from bar_ray import pipeline, storage
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli, pick
 from bar_ray.recipe import Recipe
+from bar_ray.validate import pick
 
 
 def main(recipe: Recipe, args: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from bar_ray import storage
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 
 

@@ -9,8 +9,8 @@ The same command again continues where it stopped and reuses what is finished.
 import argparse
 
 from bar_ray import export, pipeline, report, storage
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 
 

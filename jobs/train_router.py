@@ -8,8 +8,8 @@ What it needs (experts, merged model, sample) is made first when it is not there
 import argparse
 
 from bar_ray import pipeline
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 
 

@@ -13,8 +13,8 @@ made again, all experts stay as they are; the model before stays in the registry
 import argparse
 
 from bar_ray import upgrade
+from bar_ray.cli import Cli
 from bar_ray.cluster import session
-from bar_ray.config import Cli
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
 from bar_ray.upgrade import Change

@@ -72,7 +72,9 @@ def test_every_fault_is_named_by_file_row_and_field(
     kinds = {kind: str(broken / kind) for kind in GOOD} | {"good": str(good)}
     settings = [f"datasets.{name}={uri}" for name, uri in kinds.items()]
     recipe = config.load("conf/tiny.yaml", [f"storage={tmp_path}", *settings])
-    steps = [s for n in kinds for s in pipeline.checks(recipe, [n], n if n in GOOD else "messages")]
+    steps = [
+        s for n in kinds for s in pipeline.data_checks(recipe, [n], n if n in GOOD else "messages")
+    ]
     session.drive(recipe, steps)
     reports = {report.name: report for report in map(check.read, steps)}
 
@@ -119,10 +121,10 @@ def test_the_job_ends_with_1_when_there_is_a_fault(broken: Path, tmp_path: Path)
 def test_a_dataset_without_a_use_needs_a_kind(good: Path) -> None:
     recipe = config.load("conf/tiny.yaml", [f"datasets.mine={good}"])
     with pytest.raises(UserError, match=r"datasets.mine is used by no stage.*--kind"):
-        pipeline.checks(recipe, ["mine"])
+        pipeline.data_checks(recipe, ["mine"])
     with pytest.raises(UserError, match=r"no dataset 'min' in this recipe; did you mean 'mine'"):
-        pipeline.checks(recipe, ["min"])
-    names = {step.name for step in pipeline.checks(recipe)}
+        pipeline.data_checks(recipe, ["min"])
+    names = {step.name for step in pipeline.data_checks(recipe)}
     assert {
         "math_rlvr",
         "math_held_out",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bar_ray import config, pipeline
+from bar_ray import cli, config, pipeline
 from bar_ray.recipe import Sft, Stage, meaning
 from bar_ray.types import UserError
 
@@ -153,7 +153,7 @@ def test_meaning_leaves_out_how_a_stage_is_run() -> None:
 
 
 def test_reference_names_every_key_with_its_default() -> None:
-    text = config.reference()
+    text = cli.reference()
     assert "experts.NAME.sft.learn.embedding = 1.0" in text
     assert "router.fraction = 0.05" in text
     assert "storage = 'outputs'" in text

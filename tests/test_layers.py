@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("L0", "kernels"),
     ("L1", "types recipe log"),
+    ("L1", "validate"),
     ("L1", "config storage cost"),
+    ("L1", "cli"),
     ("L1", "graph"),
     ("L2", "model data rewards cluster registry"),
     ("L3", "train"),

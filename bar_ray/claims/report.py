@@ -16,10 +16,10 @@ from bar_ray.claims import plots
 from bar_ray.claims.arms import GENERAL, Arms
 from bar_ray.claims.claims import CLAIMS, MARGIN, PAPER, Claim, Evidence, Finding
 from bar_ray.claims.table import OVERALL, Estimate
-from bar_ray.config import nearest, require_categories
 from bar_ray.log import duration
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
+from bar_ray.validate import nearest, require_categories
 
 PICTURES = "claims"  # folder beside the page
 

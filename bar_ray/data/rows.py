@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bar_ray.config import nearest
 from bar_ray.log import some
+from bar_ray.validate import nearest
 
 Row = dict[str, Any]
 
