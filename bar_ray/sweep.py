@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from bar_ray import config, pipeline, storage, validate
+from bar_ray.builder import Builder
 from bar_ray.cluster import session
 from bar_ray.cluster.lease import Busy
 from bar_ray.cluster.sharing import PoolClient
@@ -95,11 +96,11 @@ def check(recipe: Recipe) -> None:
 
 def rungs(graph: Pipeline, recipe: Recipe) -> Iterator[dict[str, Step]]:
     """The models that each judgement scores, by the category or `overall` that counts."""
-    builder = pipeline.Builder(recipe)
-    builder.dense()
+    steps = Builder(recipe)
+    steps.dense()
 
     def scored(models: Mapping[str, Step]) -> dict[str, Step]:
-        return {domain: builder.evaluate(f"{domain} {m.verb}", m) for domain, m in models.items()}
+        return {domain: steps.evaluate(f"{domain} {m.verb}", m) for domain, m in models.items()}
 
     yield scored(
         {d: stages.get("sft", [*stages.values()][-1]) for d, stages in graph.stages.items()}

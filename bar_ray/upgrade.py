@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from bar_ray import export, pipeline, registry
+from bar_ray import export, registry, versions
 from bar_ray.claims.table import OVERALL, Table
 from bar_ray.graph import Step, topological
 from bar_ray.log import duration
@@ -46,13 +46,13 @@ class Upgrade:
     @cached_property
     def model(self) -> Pipeline:
         if self.published:
-            return pipeline.as_published(self.recipe, self.published, self.after)
-        return pipeline.compose(self.recipe, self.after)
+            return versions.as_published(self.recipe, self.published, self.after)
+        return versions.compose(self.recipe, self.after)
 
     @cached_property
     def old_model(self) -> Pipeline:
         experts = _versions(self.recipe, self.before)
-        return pipeline.as_published(self.recipe, self.before, experts)
+        return versions.as_published(self.recipe, self.before, experts)
 
     @property
     def targets(self) -> list[Step]:
@@ -72,7 +72,7 @@ class Upgrade:
         categories = (*self.scores.categories, OVERALL)
         scores = {c: self.scores.score("after", c).mean for c in categories}
         numbers = {domain: version.version for domain, version in self.after.items()}
-        return pipeline.publish_model(self.recipe, self.model.bar, numbers, scores)
+        return versions.publish_model(self.recipe, self.model.bar, numbers, scores)
 
     def export(self) -> str:
         """Put the new model at `<storage>/model/`; returns its folder."""
@@ -162,8 +162,8 @@ def cost(upgrade: Upgrade) -> str:
     """Tokens and seconds of what the change trains, against all experts and the router."""
     if upgrade.published:
         return "trained for this: nothing, the model was there"
-    branch = {*map(pipeline.line_of, topological([upgrade.model.branch]))}
-    router = pipeline.line_of(upgrade.model.bar)
+    branch = {*map(versions.line_of, topological([upgrade.model.branch]))}
+    router = versions.line_of(upgrade.model.bar)
 
     def own(domain: str) -> set[str]:
         return {*upgrade.after[domain].lineage} - branch

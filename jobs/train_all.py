@@ -8,7 +8,7 @@ The same command again continues where it stopped and reuses what is finished.
 
 import argparse
 
-from bar_ray import export, pipeline, report, storage
+from bar_ray import export, pipeline, report, storage, versions
 from bar_ray.cli import Cli
 from bar_ray.cluster import session
 from bar_ray.recipe import Recipe
@@ -21,7 +21,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
         return session.show_plan(graph.targets)
     run_id = session.drive(recipe, graph.targets)
     scores = report.write(graph, recipe, run_id)
-    pipeline.publish(graph, recipe, scores)
+    versions.publish(graph, recipe, scores)
     print(report.table(scores))
     print(f"model   {export.export(graph, recipe, scores)}")
     print(f"report  {storage.join(recipe.storage, 'report', 'report.html')}")

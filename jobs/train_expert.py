@@ -7,7 +7,7 @@ The base is trained or imported first when it is not there yet; other experts ar
 
 import argparse
 
-from bar_ray import pipeline, report
+from bar_ray import pipeline, report, versions
 from bar_ray.cli import Cli
 from bar_ray.cluster import session
 from bar_ray.recipe import Recipe
@@ -27,7 +27,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     found = report.collect(graph.scores)
     print(report.table(found))
     own = found["models"].get(f"{args.expert} {expert.verb}", {})
-    number = pipeline.publish_expert(recipe, args.expert, expert, own)
+    number = versions.publish_expert(recipe, args.expert, expert, own)
     print(f"expert  version {number}: {expert.artifact.uri}")
 
 

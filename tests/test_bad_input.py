@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from bar_ray import config, pipeline, storage
+from bar_ray import builder, config, pipeline, storage
 from bar_ray.cluster import session
 from bar_ray.cluster.run import StepFailed
 from bar_ray.tiny.tokenizer import build_tokenizer
@@ -101,7 +101,7 @@ def test_mistakes_found_by_a_step_stop_only_what_depends_on_it(tmp_path: Path) -
     bad = tmp_path / "bad.jsonl"
     bad.write_text(700 * (json.dumps(GOOD) + "\n") + json.dumps({"text": "x"}) + "\n")
     recipe = config.load(str(write_recipe(tmp_path, bad=str(bad))))
-    graph = pipeline.Builder(recipe)
+    graph = builder.Builder(recipe)
     graph.dense()
     steps = [graph.tokenise("chat", "messages", 64), graph.tokenise("bad", "messages", 64)]
 

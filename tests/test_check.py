@@ -13,7 +13,7 @@ import pytest
 from test_overlap import QUESTION
 from test_rows import ADD, ANSWER, FAULTS, USER, calling, chat, line_of
 
-from bar_ray import check, config, pipeline, storage
+from bar_ray import builder, check, config, pipeline, storage
 from bar_ray.cluster import session
 from bar_ray.data import formats
 from bar_ray.types import UserError
@@ -160,7 +160,7 @@ def test_data_of_another_shape_is_prepared(broken: Path, tmp_path: Path) -> None
             "decontaminate={against: [math]}",
         ],
     )
-    graph = pipeline.Builder(recipe)
+    graph = builder.Builder(recipe)
     (uri, _), inputs = graph.dataset("math_rlvr", "prompts")
     (_, _), refusing = graph.dataset("code_rlvr", "prompts")
     steps = [*inputs.values(), *refusing.values()]

@@ -246,13 +246,13 @@ def test_a_new_cluster_goes_on_from_object_storage(s3: str, tmp_path: Path) -> N
 
 PRETRAIN = """
 import sys
-from bar_ray import config, pipeline
+from bar_ray import builder, config
 from bar_ray.cluster import session
 run = ("run.checkpoint_every=10000", "run.cpus_per_worker=1", "run.threads=1")
 settings = ("steps=500", "seq_len=64", *run)
 overrides = [f"tiny.pretrain.{setting}" for setting in settings]
 recipe = config.load("conf/tiny.yaml", [*overrides, *sys.argv[1:]])
-session.drive(recipe, [pipeline.Builder(recipe).dense()[1]])
+session.drive(recipe, [builder.Builder(recipe).dense()[1]])
 """
 FAST = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
 

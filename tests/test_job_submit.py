@@ -80,9 +80,9 @@ def test_a_submitted_job_runs_on_the_cluster_it_was_submitted_to(head: str, tmp_
     """A small part of the graph, run by Ray workers that get the code from the working dir."""
     command = [RAY, "job", "submit", f"--address={head}", "--working-dir", ".", "--"]
     code = (
-        "from bar_ray import config, pipeline; from bar_ray.cluster import session; "
+        "from bar_ray import builder, config; from bar_ray.cluster import session; "
         f"recipe = config.load('conf/tiny.yaml', ['storage={tmp_path}/store']); "
-        "graph = pipeline.Builder(recipe); graph.dense(); "
+        "graph = builder.Builder(recipe); graph.dense(); "
         "session.drive(recipe, [graph.world, graph.tokenise('safety_sft', 'messages', 64)])"
     )
     done = subprocess.run(

@@ -28,7 +28,9 @@ LAYERS = (
     ("L4", "stages"),
     ("L4", "merge route evaluate tiny check"),
     ("L4", "baselines"),
+    ("L5", "builder"),
     ("L5", "pipeline"),
+    ("L5", "versions"),
     ("L5", "report"),
     ("L5", "bench retention claims"),
     ("L5", "export board"),  # the model card of an export shows the report's scores
@@ -39,7 +41,8 @@ RANK = {unit: rank for rank, (_, line) in enumerate(LAYERS) for unit in line.spl
 LEVEL = {unit: level for level, line in LAYERS for unit in line.split()}
 
 # Reading a recipe and planning a run must be quick and work on any machine.
-LIGHT = {unit for unit, level in LEVEL.items() if level == "L1"} | {"pipeline"}
+LIGHT = {unit for unit, level in LEVEL.items() if level == "L1"}
+LIGHT |= {"builder", "pipeline", "versions"}
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "vllm", "datasets"}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bar_ray import config, pipeline, registry, upgrade
+from bar_ray import config, pipeline, registry, upgrade, versions
 from bar_ray.recipe import Recipe
 from bar_ray.registry import MODEL, MODELS, Version
 from bar_ray.types import UserError
@@ -16,7 +16,7 @@ from bar_ray.upgrade import Change
 def recipe(tmp_path: Path) -> Recipe:
     """A storage where math has two versions, code one, and models of both were published."""
     recipe = config.load("conf/tiny.yaml", [f"storage={tmp_path}"])
-    branch = pipeline.line_of(pipeline.build(recipe).branch)
+    branch = versions.line_of(pipeline.build(recipe).branch)
     for domain, name in (("math", "aa"), ("math", "bb"), ("code", "cc"), ("safety", "dd")):
         version = Version(f"artifacts/sft/{domain}/{name}", name, (branch, f"sft {domain} {name}"))
         registry.publish(str(tmp_path), domain, version)
@@ -87,11 +87,11 @@ def test_what_is_published_but_gone_is_said(recipe: Recipe) -> None:
 
 def test_the_router_forgets_the_data_of_an_expert_that_is_gone(recipe: Recipe) -> None:
     kept = {name: e for name, e in recipe.experts.items() if name != "safety"}
-    router = pipeline.with_experts(recipe, kept).router
+    router = versions.with_experts(recipe, kept).router
     assert "safety_sft" not in router.data and router.data["tool_use_sft"] == 2
-    everything = pipeline.with_experts(recipe, recipe.experts)
+    everything = versions.with_experts(recipe, recipe.experts)
     assert everything == recipe, "nothing changes for the recipe's own experts"
     older = replace(recipe.experts["code"].sft, data={"general_sft": 0.5, "code_careless": 0.5})
     before = {**recipe.experts, "code": replace(recipe.experts["code"], sft=older)}
-    router = pipeline.with_experts(recipe, before).router
+    router = versions.with_experts(recipe, before).router
     assert "code_careful" not in router.data and router.data["code_careless"] == 1

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bar_ray import pipeline
+from bar_ray import builder, pipeline, versions
 from bar_ray.claims.joint import dense, joint
 from bar_ray.graph import Step
 from bar_ray.recipe import Expert, Learn, Merge, Recipe, Rlvr, Stage
 from bar_ray.types import UserError
 
 
-class Arms(pipeline.Builder):
+class Arms(builder.Builder):
     """The models of one recipe (one seed), by name, and their evaluations.
 
     `seed` is what steps are labelled with where there are several.
@@ -59,7 +59,7 @@ class Arms(pipeline.Builder):
     def variant(self, name: str, **changed: Any) -> pipeline.Pipeline:
         """The whole method with other settings of the recipe; its routed model is scored."""
         recipe = replace(self.recipe, **changed)
-        pipeline.check_model(recipe)
+        versions.check_model(recipe)
         built = pipeline.build(recipe, self._arm(name))
         self.add(name, built.bar)
         return built
@@ -68,7 +68,7 @@ class Arms(pipeline.Builder):
         """One expert replaced, or left out when it is None."""
         experts = {**self.recipe.experts, domain: expert}
         kept = {key: each for key, each in experts.items() if each is not None}
-        recipe = pipeline.with_experts(self.recipe, kept)
+        recipe = versions.with_experts(self.recipe, kept)
         return self.variant(name, experts=kept, router=recipe.router)
 
     def expert(self, name: str, domain: str, expert: Expert) -> Step:
