@@ -7,26 +7,67 @@ forward pass. Recomputed activations and element-wise work are left out, as in p
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bar_ray.recipe import Learn, Run
 
 FLASH_BACKWARD = 2.5
-# Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "B200": 2250e12,
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU by its data sheet: dense bfloat16 FLOP/s, memory and what it moves per second."""
+
+    name: str
+    flops: float
+    memory_gib: float
+    bytes_per_s: float
+
+    @staticmethod
+    def of_instance(instance: str) -> "tuple[Accelerator, int] | None":
+        """What a machine of AWS or Google carries, and how many; None where it is not known."""
+        if instance not in INSTANCES:
+            return None
+        name, count, memory_gib = INSTANCES[instance]
+        return replace(ACCELERATORS[name], memory_gib=memory_gib), count
+
+
+ACCELERATORS = {
+    each.name: each
+    for each in (
+        Accelerator("A100", 312e12, 80, 2.0e12),
+        Accelerator("H100", 989e12, 80, 3.35e12),
+        Accelerator("H100 PCIe", 756e12, 80, 2.0e12),
+        Accelerator("H200", 989e12, 141, 4.8e12),
+        Accelerator("B200", 2250e12, 180, 8.0e12),
+        Accelerator("L40S", 362e12, 48, 0.864e12),
+        Accelerator("L4", 121e12, 24, 0.3e12),
+    )
+}
+INSTANCES = {  # accelerator, how many, GiB of each
+    "p4d.24xlarge": ("A100", 8, 40),
+    "p4de.24xlarge": ("A100", 8, 80),
+    "p5.4xlarge": ("H100", 1, 80),
+    "p5.48xlarge": ("H100", 8, 80),
+    "p5e.48xlarge": ("H200", 8, 141),
+    "p5en.48xlarge": ("H200", 8, 141),
+    "p6-b200.48xlarge": ("B200", 8, 180),
+    "g6.12xlarge": ("L4", 4, 24),
+    "g6e.12xlarge": ("L40S", 4, 48),
+    "g6e.48xlarge": ("L40S", 8, 48),
+    "a2-highgpu-8g": ("A100", 8, 40),
+    "a2-ultragpu-8g": ("A100", 8, 80),
+    "a3-highgpu-8g": ("H100", 8, 80),
+    "a3-ultragpu-8g": ("H200", 8, 141),
+    "g2-standard-48": ("L4", 4, 24),
 }
 
 
 def peak_flops(device: str) -> float:
     """Of a GPU by its name, the most exact entry; 0 where it is not known."""
-    known = [name for name in PEAK_FLOPS if name in device]
-    return PEAK_FLOPS[max(known, key=len)] if known else 0.0
+    known = [name for name in ACCELERATORS if name in device]
+    return ACCELERATORS[max(known, key=len)].flops if known else 0.0
 
 
 @dataclass(frozen=True)

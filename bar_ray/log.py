@@ -33,13 +33,15 @@ def step_line(record: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45s`, `3m05s`, `2h07m`."""
+    """`45s`, `3m05s`, `2h07m`, `3d02h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole < 48 * 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -361,6 +361,18 @@ class Sandbox:
 
 
 @dataclass(frozen=True)
+class Planning:
+    """What `--plan` reckons with, and when it asks."""
+
+    cluster: str = how("", "the `ray up` file whose machines are planned for; empty: none")
+    prices: str = how("", "YAML: instance type -> {spot: PRICE, on_demand: PRICE} of an hour")
+    utilisation: float = how(0.45, "share of peak FLOP/s reached, where none was measured")
+    answer: float = how(0.5, "mean completion in RLVR, as a share of `rollout.max_tokens`")
+    prompt: int = how(256, "mean prompt in RLVR, tokens")
+    limit: float = how(0.0, "ask before a run of more accelerator hours; 0: never")
+
+
+@dataclass(frozen=True)
 class Tiny:
     """The small world: generated data and a dense base trained in place (`bar_ray/tiny`)."""
 
@@ -396,6 +408,7 @@ class Recipe:
     reproduce: Reproduce = how(Reproduce, "which claims are tested, and with what")
     sweep: Sweep = how(Sweep, "trials of jobs/sweep.py")
     evaluate: Evaluate = what(Evaluate, "evaluation")
+    plan: Planning = how(Planning, "what a run will cost")
     sandbox: Sandbox = how(Sandbox, "running model-written programs")
     cluster: Cluster = how(Cluster, "the Ray cluster")
 

@@ -52,7 +52,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     pick("expert", args.expert, recipe.experts)
     bench = rlvr.Bench(recipe, args.expert, args.staleness, root)
     if args.plan:
-        return session.show_plan([bench.rlvr(0), bench.rlvr(args.staleness)])
+        return session.show_plan(recipe, [bench.rlvr(0), bench.rlvr(args.staleness)])
     print(rlvr.table(rlvr.run(bench)))
 
 

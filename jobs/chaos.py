@@ -19,7 +19,7 @@ from bar_ray.recipe import Recipe
 def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     if args.plan:
-        return session.show_plan(pipeline.build(recipe).targets)
+        return session.show_plan(recipe, pipeline.build(recipe).targets)
     session.own_token()
     from bar_ray.bench import chaos
 

@@ -23,7 +23,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     steps = pipeline.data_checks(recipe, args.dataset, args.kind)
     if args.plan:
-        return session.show_plan(steps)
+        return session.show_plan(recipe, steps)
     session.drive(recipe, steps)
     reports = [check.read(step) for step in steps]
     for report in reports:

@@ -24,7 +24,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     else:
         scores = {args.model: pick("model", args.model, graph.scores)}
     if args.plan:
-        return session.show_plan(scores.values())
+        return session.show_plan(recipe, scores.values())
     session.drive(recipe, list(scores.values()))
     print(report.table(report.collect(scores)))
 

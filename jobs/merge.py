@@ -17,7 +17,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     merged = pipeline.build(recipe).merged
     if args.plan:
-        return session.show_plan([merged])
+        return session.show_plan(recipe, [merged])
     session.drive(recipe, [merged])
     print(f"merged  {merged.artifact.uri}")
 

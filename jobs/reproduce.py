@@ -30,7 +30,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     arms = {s: report.arms_of(replace(recipe, seed=s), claims, names[s]) for s in seeds}
     targets = [step for each in arms.values() for step in each.scores.values()]
     if args.plan:
-        return session.show_plan(targets)
+        return session.show_plan(recipe, targets)
     session.drive(recipe, targets)
     table = Table.read({seed: each.scores for seed, each in arms.items()})
     found = report.judge(Evidence(table, recipe, arms), claims)

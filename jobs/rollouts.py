@@ -20,7 +20,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     pick("expert", args.expert, recipe.experts)
     step = pipeline.rollouts(recipe, args.expert, args.steps)
     if args.plan:
-        return session.show_plan([step])
+        return session.show_plan(recipe, [step])
     session.drive(recipe, [step])
     print(f"rollouts     {step.artifact.uri}")
     print(f"transcripts  {storage.join(step.artifact.uri, 'transcripts.html')}")

@@ -26,7 +26,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     sweep.check(recipe)
     root = sweep.folder_of(source, recipe.sweep, recipe, Path(args.recipe).stem)
     if args.plan:
-        return session.show_plan(sweep.prepare(recipe))
+        return session.show_plan(recipe, sweep.prepare(recipe))
     with session.connected(recipe):
         session.run_here(recipe, sweep.prepare(recipe))
         trials = sweep.run(source, recipe.sweep, root)

@@ -18,7 +18,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     graph = pipeline.build(recipe)
     if args.plan:
-        return session.show_plan(graph.targets)
+        return session.show_plan(recipe, graph.targets)
     run_id = session.drive(recipe, graph.targets)
     scores = report.write(graph, recipe, run_id)
     versions.publish(graph, recipe, scores)

@@ -22,7 +22,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
         step for name, step in graph.scores.items() if name.split()[0] in ("base", args.expert)
     ]
     if args.plan:
-        return session.show_plan([expert, *scores])
+        return session.show_plan(recipe, [expert, *scores])
     session.drive(recipe, [expert, *scores])
     found = report.collect(graph.scores)
     print(report.table(found))

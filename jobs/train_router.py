@@ -17,7 +17,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     bar = pipeline.build(recipe).bar
     if args.plan:
-        return session.show_plan([bar])
+        return session.show_plan(recipe, [bar])
     session.drive(recipe, [bar])
     print(f"model   {bar.artifact.uri}")
 

@@ -35,7 +35,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     recipe = session.absolute_storage(recipe)
     change = upgrade.work_out(recipe, change_of(args))
     if args.plan:
-        return session.show_plan(change.targets)
+        return session.show_plan(recipe, change.targets)
     session.drive(recipe, change.targets)
     print(upgrade.table(change))
     print(f"model   version {change.publish()}: {change.export()}")

@@ -22,6 +22,7 @@ LAYERS = (
     ("L1", "config storage cost"),
     ("L1", "cli"),
     ("L1", "graph"),
+    ("L1", "estimate"),
     ("L2", "model data rewards cluster registry"),
     ("L3", "train"),
     ("L3", "rollout"),  # samples carry the advantages that train defines

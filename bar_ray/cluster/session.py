@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bar_ray import storage
+from bar_ray import estimate, storage
 from bar_ray.cluster.lease import Lease
 from bar_ray.config import dump
 from bar_ray.graph import Planned, Step, plan, render_plan
@@ -45,15 +45,40 @@ def absolute_storage(recipe: Recipe) -> Recipe:
     return replace(recipe, storage=str(root / uri))
 
 
-def show_plan(targets: Iterable[Step]) -> None:
-    """Say what would run, what would be reused, and why."""
-    print(render_plan(plan(targets)), flush=True)
+def show_plan(recipe: Recipe, targets: Iterable[Step]) -> None:
+    """Say what would run, what would be reused, why, and what it would cost."""
+    planned = plan(targets)
+    print(render_plan(planned), flush=True)
+    if costs := estimate.of_plan(planned, recipe):
+        print(estimate.render(costs), flush=True)
+
+
+def _reckon(recipe: Recipe, planned: list[Planned]) -> None:
+    """Refuse what its machines cannot hold; ask before spending more than `plan.limit`."""
+    if not recipe.plan.cluster:
+        return
+    costs = estimate.of_plan(planned, recipe)
+    if costs:
+        print(estimate.render(costs), flush=True)
+    for each in costs:
+        if each.problem:
+            told = "plan.cluster='' runs it all the same"
+            raise UserError(f"{each.step.label}: {each.problem}\n{told}")
+    hours = estimate.hours(costs)
+    if not recipe.plan.limit or hours <= recipe.plan.limit:
+        return
+    problem = f"{hours:,.0f} accelerator hours are more than plan.limit, {recipe.plan.limit:g}"
+    if not sys.stdin.isatty():
+        raise UserError(f"{problem}; raise plan.limit, or answer on a terminal")
+    if input(f"{problem}. Run it? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("not run")
 
 
 def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
     """Run what the targets need and storage does not hold yet; returns the run id."""
     planned = plan(targets)
     print(render_plan(planned), flush=True)
+    _reckon(recipe, planned)
     storage.check_writable(recipe.storage)
     run_id = new_run_id()
     todo = [p.step for p in planned if not p.reused]

@@ -112,6 +112,15 @@ def read_bytes(uri: str) -> bytes:
             return source.read()
 
 
+def read_tail(uri: str, most: int) -> bytes:
+    """The last bytes of a file, all of it when it is shorter."""
+    with explained("read", uri):
+        filesystem, path = resolve(uri)
+        with filesystem.open_input_file(path) as source:
+            source.seek(max(0, source.size() - most))
+            return source.read()
+
+
 def create(uri: str) -> pa.NativeFile:
     filesystem, path = resolve(uri)
     if filesystem.type_name not in FLAT:
