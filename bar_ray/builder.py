@@ -38,14 +38,21 @@ class Builder:
         if tiny is None:
             post = self.tokenizer = self.imported("post_trained", base.post_trained)
             return post, self.imported("pretrained", base.pretrained) if base.pretrained else post
-        untrained = self.tokenizer = self.step("init", "tiny", {"seed": self.recipe.seed}, {})
+        untrained = self.tokenizer = self.untrained()
         pretrained = self.lm("train", "pretrained", tiny.pretrain, untrained, "text")
         return self.lm("train", "base", tiny.post_train, pretrained, "messages"), pretrained
+
+    def untrained(self) -> Step:
+        """The small world's dense model before any training."""
+        settings = {"seed": self.recipe.seed, "family": self.recipe.tiny.family}
+        if settings["family"] == "olmo2":  # what there was before there were others
+            del settings["family"]
+        return self.step("init", "tiny", settings, {})
 
     def tokenizer_alone(self) -> Step:
         """What renders the data, without the weights beside it."""
         if self.recipe.tiny is not None:
-            return self.step("init", "tiny", {"seed": self.recipe.seed}, {})
+            return self.untrained()
         uri = self.recipe.base.post_trained
         content = storage.fingerprint_files(uri, storage.TOKENIZER_FILES)
         return self.step("tokenizer", "base", {}, {}, {"checkpoint": (uri, content)})

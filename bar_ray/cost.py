@@ -97,6 +97,17 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def _query_norms(config: Mapping[str, Any]) -> int:
+    """Weights of the norms of q and k in a layer: per head in Qwen 3, none in Llama."""
+    match config.get("model_type"):
+        case "qwen3" | "qwen3_moe":
+            head_dim = config.get("head_dim")
+            return 2 * (head_dim or config["hidden_size"] // config["num_attention_heads"])
+        case "llama" | "mixtral":
+            return 0
+    return -1
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a dense or mixture-of-experts decoder with gated FFNs.
@@ -114,6 +125,7 @@ class Shape:
     experts: int = 0
     active: int = 1
     tied: bool = False
+    query_norms: int = -1  # weights of a layer's q and k norms; -1: as wide as q and k (Olmo 2)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
@@ -126,11 +138,12 @@ class Shape:
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            ffn=config["intermediate_size"],
+            ffn=config.get("moe_intermediate_size") or config["intermediate_size"],
             vocab=config["vocab_size"],
             experts=experts,
             active=config.get("num_experts_per_tok") or 1,
             tied=bool(config.get("tie_word_embeddings")),
+            query_norms=_query_norms(config),
         )
 
     def matrices(self) -> dict[str, int]:
@@ -174,7 +187,8 @@ class Shape:
     def weights(self) -> dict[str, int]:
         """Every weight, by role."""
         found = {**self.matrices(), "norm": (2 * self.layers + 1) * self.hidden}
-        found["attention"] += self.layers * (self._queries + self._keys)  # norms of their own
+        norms = self._queries + self._keys if self.query_norms < 0 else self.query_norms
+        found["attention"] += self.layers * norms
         if not self.tied:
             found["embedding"] = self.hidden * self.vocab
         return found
@@ -204,13 +218,14 @@ class Shape:
     def activations(self, learn: Learn, checkpointing: bool = False) -> float:
         """Numbers kept per token for the backward pass of the kernels, in the activations' type.
 
-        Of a layer: q and k before and after their norms, v, what attention gives, the inputs of
-        both post-norms and of the router, two products per active expert; the layer's input where
-        attention learns. Where nothing learns below the first FFN, what is before it is not kept.
-        Recomputed, a layer keeps its input, and one layer at a time the rest. Less than a
-        thousandth at 7B, such as norms' fp32 factors, is left out.
+        Of a layer: q and k before and after their norms (once without any), v, what attention
+        gives, the inputs of both norms and of the router, two products per active expert; the
+        layer's input where attention learns. Where nothing learns below the first FFN, what is
+        before it is not kept. Recomputed, a layer keeps its input, and one layer at a time the
+        rest. Less than a thousandth at 7B, such as norms' fp32 factors, is left out.
         """
-        attention = 3 * self._queries + 3 * self._keys + (self.hidden if learn.attention else 0)
+        times = 3 if self.query_norms else 2
+        attention = times * (self._queries + self._keys) + (self.hidden if learn.attention else 0)
         layer = attention + 3 * self.hidden + 2 * self.ffn * self.active
         around = 2 * self.hidden  # the last norm's input, and the gradient of the head's
         if checkpointing:

@@ -16,7 +16,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bar_ray import storage
+from bar_ray import families, storage
+from bar_ray.families import Family
 from bar_ray.graph import Step
 from bar_ray.pipeline import Pipeline
 from bar_ray.recipe import Recipe
@@ -93,9 +94,17 @@ def lineage(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
+def _family(bar: Step) -> Family:
+    uri = storage.join(bar.artifact.uri, storage.verify(bar.artifact.uri).data, "config.json")
+    family = families.of_moe(storage.read_json(uri))
+    assert family is not None, f"{uri} was merged, so it is a mixture of experts"
+    return family
+
+
 def card(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
     """The model card; the same for the same model and scores."""
     final, made_from = scores["models"].get("bar", {}), lineage(pipeline)
+    family = _family(pipeline.bar)
     results = [
         EvalResult(
             task_type="text-generation",
@@ -112,13 +121,14 @@ def card(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["bar", "bar_ray", "flex_olmo", "mixture-of-experts", "modular"],
+        tags=["bar", "bar_ray", family.moe, "mixture-of-experts", "modular"],
         model_name="bar",
         eval_results=results,
     )
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        moe_class=family.moe_class,
         domains=list(pipeline.stages),
         lineage=made_from,
         slots=_slots(made_from),

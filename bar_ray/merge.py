@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from bar_ray import families
+from bar_ray.families import Family
 from bar_ray.graph import inputs_of
 from bar_ray.model import average, tensors
 from bar_ray.model.tensors import Checkpoint, Content, Spec
@@ -47,9 +49,9 @@ def merge(
     fishers: Mapping[str, Checkpoint] = MappingProxyType({}),
 ) -> None:
     """Write the merged model to `folder`; the experts by name, in the order of their slots."""
-    _check(base, list(experts.values()))
+    family = _check(base, list(experts.values()))
     merger = Merger(base, experts, settings, fishers)
-    config = {**base.config, "num_experts": merger.slots, "num_experts_per_tok": merger.slots}
+    config = family.with_experts(base.config, merger.slots)
     tensors.write(folder, config, merger.specs(), merger.content, side_files=base.folder)
 
 
@@ -105,12 +107,17 @@ class Merger:
         return partial(kernel.mean, regions, dtype)
 
 
-def _check(base: Checkpoint, experts: list[Checkpoint]) -> None:
+def _check(base: Checkpoint, experts: list[Checkpoint]) -> Family:
+    """The family of the branches, which must be one."""
+    first = families.of_moe(base.config)
     for model in (base, *experts):
-        count = model.config.get("num_experts", model.config.get("num_local_experts"))
-        if model.config.get("model_type") != "flex_olmo" or count != 2:
+        family = families.of_moe(model.config)
+        if family is None or family.num_experts(model.config) != 2:
             raise UserError(f"{model.folder} is not a two-expert branch, so it cannot be merged")
+        if family != first:
+            raise UserError(f"{model.folder} is a {family.moe} and {base.folder} a {first.moe}")
         if model.names != base.names:
             odd = sorted(set(model.names) ^ set(base.names))[0]
             raise UserError(f"{model.folder} and {base.folder} differ in tensors, such as {odd}")
         tensors.same_specs(base, model, base.names)
+    return first

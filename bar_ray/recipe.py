@@ -376,6 +376,7 @@ class Planning:
 class Tiny:
     """The small world: generated data and a dense base trained in place (`bar_ray/tiny`)."""
 
+    family: str = what("olmo2", "architecture of the dense base: olmo2, llama or qwen3")
     pretrain: Dense = what(Dense, "pretraining of the dense base on raw text")
     post_train: Dense = what(Dense, "general SFT of the dense base")
 

@@ -34,7 +34,7 @@ class RouteWorker(lm.LmWorker):
 @torch.no_grad()
 def router_load(model: Any, shard: Any) -> list[list[float]]:
     """Mean gate over a source's loss tokens, [layer][expert]."""
-    from bar_ray.model.experts import gate_weights, moe_blocks, router_logits
+    from bar_ray.model.experts import moe_blocks, router_logits
 
     device = next(model.parameters()).device
     totals = [0.0] * len(moe_blocks(model))
@@ -46,6 +46,6 @@ def router_load(model: Any, shard: Any) -> list[list[float]]:
         with router_logits(model) as blocks:
             model.model(input_ids=tokens, position_ids=positions, use_cache=False)
             for layer, block in enumerate(blocks):
-                totals[layer] += gate_weights(block.logits, block.top_k)[wanted].sum(0).cpu()
+                totals[layer] += block.gates(block.logits)[wanted].sum(0).cpu()
         count += int(wanted.sum())
     return [(total / count).tolist() for total in totals]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from bar_ray import families
 from bar_ray.recipe import (
     ROLES,
     SHARED,
@@ -65,6 +66,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     if recipe.tiny is None and not recipe.base.post_trained:
         yield "base.post_trained: give the dense checkpoint to branch from, or a `tiny` section"
     if recipe.tiny is not None:
+        yield from _choice("tiny.family", recipe.tiny.family, families.DENSE)
         yield from _stage_problems("tiny.pretrain", recipe.tiny.pretrain, recipe, DENSE_ROLES)
         yield from _stage_problems("tiny.post_train", recipe.tiny.post_train, recipe, DENSE_ROLES)
     for stage in recipe.evaluate.stages:
@@ -230,8 +232,8 @@ def _router_problems(recipe: Recipe) -> Iterator[str]:
         )
     if router.top_k == 1:
         yield (
-            "router.top_k is 1: with one active expert its gate is normalised away (post-norm "
-            "blocks), so the router gets no gradient; use 2 or more"
+            "router.top_k is 1: with one active expert its gate is normalised away, so the router "
+            "gets no gradient; use 2 or more"
         )
     yield from _stage_problems("router", router, recipe, ("router", "anchor"))
     sft_sources = {n for e in recipe.experts.values() if e.sft is not None for n in e.sft.data}

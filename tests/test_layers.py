@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("L0", "kernels"),
     ("L1", "types recipe log"),
+    ("L1", "families"),
     ("L1", "validate"),
     ("L1", "config storage cost"),
     ("L1", "cli"),

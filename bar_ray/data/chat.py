@@ -4,6 +4,7 @@ The template marks assistant turns with `{% generation %}`, so the loss mask com
 and not from searching the text.
 """
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,15 @@ def plain_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list, l
     return ids, [1] * len(ids)
 
 
+@functools.lru_cache(maxsize=8)
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Tokens that end an assistant turn: end-of-text and the template's end-of-turn."""
-    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    return sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+    """Tokens that end an assistant turn: end-of-text, and what the template closes a turn with."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, mask = conversation(tokenizer, {"messages": turns})
+    last = max(place for place, on in enumerate(mask) if on)
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    # Some templates count the token that closes a turn to the turn, others do not.
+    return sorted({tokenizer.eos_token_id, *(added & {*ids[last : last + 2]})})
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -4,6 +4,7 @@ Only what a checkpoint needs is taken (safetensors, config, tokenizer), so nothi
 enters, and from here on every byte is known by its hash.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,31 @@ def run(step: Any, run: Any) -> None:
             if name in KEPT or name.endswith(".safetensors"):
                 copy(file, Path(folder, name))
         try:
-            Checkpoint(folder)  # refuses what is not whole
+            checkpoint = Checkpoint(folder)  # refuses what is not whole
         except UserError as error:
             raise UserError(str(error).replace(folder, uri)) from error
+        if checkpoint.config.get("tie_word_embeddings"):
+            untie(checkpoint)
+
+
+def untie(checkpoint: Checkpoint) -> None:
+    """Give a model an LM head of its own, equal to its embeddings, in a file of its own.
+
+    Both can then learn or stay frozen by themselves, and be averaged by themselves.
+    """
+    folder, single = checkpoint.folder, checkpoint.folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if single.exists():  # readers that find it look for no other file
+        single.rename(folder / "model-0.safetensors")
+    places = dict.fromkeys(checkpoint.names, "model-0.safetensors")
+    if index.exists():
+        places = json.loads(index.read_text())["weight_map"]
+    head = "model-lm_head.safetensors"
+    tensors.save(folder / head, {"lm_head.weight": checkpoint["model.embed_tokens.weight"]})
+    weight_map = {**places, "lm_head.weight": head}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+    config = {**checkpoint.config, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def tokenizer(step: Any, run: Any) -> None:

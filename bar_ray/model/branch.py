@@ -2,25 +2,23 @@
 
 The post-trained dense model gives the anchor FFN (expert 0) and every shared weight; the pretrained
 one gives the FFN that the expert (expert 1) starts from. The new router is small normal noise: with
-both FFNs equal and k = E any router reproduces the dense model, because the gates sum to one and
-each block's norm follows the MoE.
+both FFNs equal and k = E any router reproduces the dense model, because the gates sum to one.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from bar_ray import families
+from bar_ray.families import Family
 from bar_ray.model import tensors
 from bar_ray.model.tensors import Checkpoint, Spec
 from bar_ray.types import UserError
 
-DENSE_FFN = ("gate_proj", "up_proj", "down_proj")
-
 
 def run(step, run) -> None:
-    """The `branch` verb: inputs `post_trained` and `pretrained`, output a FlexOlmo folder."""
+    """The `branch` verb: inputs `post_trained` and `pretrained`, output their family's mixture."""
     post = Checkpoint(run.fetch(step.inputs["post_trained"]))
     pre = Checkpoint(run.fetch(step.inputs["pretrained"]))
     with run.output(step) as folder:
@@ -48,7 +46,7 @@ def upcycle(
         shared: every other tensor by name.
         std, seed: of the new router.
     """
-    _check(models)
+    family = _check(models)
     first = models[0]
     num_layers, width = first.config["num_hidden_layers"], first.config["hidden_size"]
     specs: dict[str, Spec] = {}
@@ -72,7 +70,7 @@ def upcycle(
             return dense[dense_name]
         return shared(name)
 
-    config = moe_config(first.config, len(models))
+    config = family.branched(first.config, len(models))
     tensors.write(folder, config, specs, tensor, side_files=first.folder)
 
 
@@ -84,31 +82,12 @@ def _routers(
     return {name: torch.randn(num_experts, width, generator=generator) * std for name in names}
 
 
-def moe_config(dense: dict, num_experts: int) -> dict:
-    """The FlexOlmo config of a dense Olmo2 config.
-
-    `rope_parameters` is copied: the defaults of the two differ, and a wrong theta is silent.
-    """
-    from transformers import FlexOlmoConfig, Olmo2Config
-
-    parsed = Olmo2Config(**dense).to_dict()
-    kept = set(FlexOlmoConfig().to_dict()) - {"model_type", "architectures", "transformers_version"}
-    values = {name: value for name, value in parsed.items() if name in kept}
-    config = FlexOlmoConfig(
-        **values, num_experts=num_experts, num_experts_per_tok=num_experts, norm_topk_prob=False
-    )
-    config.architectures = ["FlexOlmoForCausalLM"]
-    return json.loads(config.to_json_string(use_diff=False))
-
-
-def _check(models: Sequence[Checkpoint]) -> None:
+def _check(models: Sequence[Checkpoint]) -> Family:
+    """The family of the dense models, which must be one."""
     first = models[0]
+    family = families.of_dense(first.config, str(first.folder))
     for dense in models:
-        if dense.config.get("model_type") != "olmo2":
-            raise UserError(
-                f"{dense.folder} is a '{dense.config.get('model_type')}' model; branching takes "
-                "dense Olmo2 checkpoints (model_type 'olmo2')"
-            )
+        family.refuse(dense.config, str(dense.folder))
         if dense.config.get("tie_word_embeddings"):
             raise UserError(f"{dense.folder} ties its embeddings to its LM head; untie them first")
         if missing := set(first.names) ^ set(dense.names):
@@ -117,3 +96,4 @@ def _check(models: Sequence[Checkpoint]) -> None:
                 f"(such as {sorted(missing)[0]}); both must be of one family"
             )
         tensors.same_specs(first, dense, first.names)
+    return family

@@ -2,7 +2,7 @@
 
 Hugging Face stacks all experts of a layer in one Parameter, so one expert cannot be frozen: the
 anchor would get a gradient, a weight-gradient GEMM and optimizer state. `load` swaps each MoE block
-from outside for `SplitMoe`, whose parameter names are the names on disk (router rows apart), and
+from outside for `SplitMoe`, whose parameters have the names of `tensors` (router rows apart), and
 `save` writes them back byte for byte.
 
 Shapes: B batch, T tokens, D model width, E experts, N = B*T.
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from bar_ray import families
 from bar_ray.model import tensors
 from bar_ray.model.tensors import Checkpoint
 from kernels.expert_ffn import complement_ffn, expert_ffn
@@ -55,7 +56,7 @@ class SplitRouter(nn.Module):
 
 
 class SplitMoe(nn.Module):
-    """A FlexOlmo MoE block over separate experts: softmax over all, the top k kept, not renormed.
+    """A MoE block over separate experts: softmax over all, the top k kept, renormed in some.
 
     With k = E nothing is routed: each expert is a dense FFN with a per-token gate. With k < E the
     gates of the others are zero (every expert still runs). Inside `router_logits`, `logits` is the
@@ -65,10 +66,12 @@ class SplitMoe(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         num_experts = config.num_local_experts
+        family, settings = families.of_moe(config.to_dict()), config.to_dict()
         self.top_k = config.num_experts_per_tok
+        self.renormalise = family.renormalises(settings)
         self.gate = SplitRouter(num_experts, config.hidden_size)
         self.experts = nn.ModuleList(
-            ExpertFfn(config.hidden_size, config.intermediate_size, config.hidden_act)
+            ExpertFfn(config.hidden_size, settings[family.width], config.hidden_act)
             for _ in range(num_experts)
         )
         self.kernels = False
@@ -80,8 +83,11 @@ class SplitMoe(nn.Module):
         logits_NE = self.gate(x_ND)
         if self.keep_logits:
             self.logits = logits_NE
-        out_ND = self._experts(x_ND, gate_weights(logits_NE, self.top_k))
-        return out_ND.reshape(x_BTD.shape)
+        return self._experts(x_ND, self.gates(logits_NE)).reshape(x_BTD.shape)
+
+    def gates(self, logits_NE: torch.Tensor) -> torch.Tensor:
+        """What each expert's output is weighted with, in fp32."""
+        return gate_weights(logits_NE, self.top_k, self.renormalise)
 
     @property
     def uses_kernels(self) -> bool:
@@ -97,13 +103,15 @@ class SplitMoe(nn.Module):
         return expert_ffn(x_ND, gates_NE, weights)
 
 
-def gate_weights(logits_NE: torch.Tensor, top_k: int) -> torch.Tensor:
+def gate_weights(logits_NE: torch.Tensor, top_k: int, renormalise: bool) -> torch.Tensor:
     """softmax over all experts in fp32, zero outside the top k."""
     probs_NE = torch.softmax(logits_NE.float(), dim=-1)
     if top_k == probs_NE.shape[-1]:
         return probs_NE
-    kept = torch.topk(probs_NE, top_k, dim=-1).indices
-    return torch.zeros_like(probs_NE).scatter(1, kept, probs_NE.gather(1, kept))
+    values, kept = torch.topk(probs_NE, top_k, dim=-1)
+    if renormalise:
+        values = values / values.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(probs_NE).scatter(1, kept, values)
 
 
 @contextlib.contextmanager
@@ -133,7 +141,7 @@ def load(folder: str | Path, dtype: torch.dtype, top_k: int = 0) -> PreTrainedMo
     `top_k` replaces the checkpoint's number of active experts when it is not 0.
     """
     checkpoint = Checkpoint(folder)
-    if checkpoint.config["model_type"] != "flex_olmo":
+    if families.of_moe(checkpoint.config) is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = AutoConfig.from_pretrained(folder)
     config.num_experts_per_tok = top_k or config.num_experts_per_tok
@@ -152,22 +160,22 @@ def load(folder: str | Path, dtype: torch.dtype, top_k: int = 0) -> PreTrainedMo
 
 def _stored(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     if match := tensors.ROUTER_ROW.search(name):
-        return checkpoint[disk_name(name)][int(match.group(1))]
+        return checkpoint[stacked_name(name)][int(match.group(1))]
     return checkpoint[name]
 
 
-def disk_name(name: str) -> str:
+def stacked_name(name: str) -> str:
     """`...mlp.gate.rows.E` is row E of `...mlp.gate.weight`; every other name is its own."""
     return tensors.ROUTER_ROW.sub(".mlp.gate.weight", name)
 
 
 def stack_routers(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by parameter name -> tensors by name on disk."""
+    """Tensors by parameter name, the rows of each router as one."""
     stacked: dict[str, torch.Tensor] = {}
     rows: dict[str, dict[int, torch.Tensor]] = {}
     for name, value in named.items():
         if match := tensors.ROUTER_ROW.search(name):
-            rows.setdefault(disk_name(name), {})[int(match.group(1))] = value
+            rows.setdefault(stacked_name(name), {})[int(match.group(1))] = value
         else:
             stacked[name] = value
     for name, by_expert in rows.items():
@@ -175,14 +183,14 @@ def stack_routers(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return stacked
 
 
-def disk_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every tensor of the model under its name on disk."""
+def stacked_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every tensor of the model as a checkpoint holds it."""
     return stack_routers({name: p.detach() for name, p in model.named_parameters()})
 
 
 def save(model: PreTrainedModel, folder: str | Path, side_files: str | Path | None) -> None:
     """Write the model as a Hugging Face folder; `side_files` is where its tokenizer lies."""
-    write(model.config, disk_tensors(model), folder, side_files)
+    write(model.config, stacked_tensors(model), folder, side_files)
 
 
 def write(
@@ -191,7 +199,7 @@ def write(
     folder: str | Path,
     side_files: str | Path | None,
 ) -> None:
-    """Write tensors by name on disk as a Hugging Face folder."""
+    """Write a checkpoint's tensors as a Hugging Face folder."""
     stored = {name: value.cpu() for name, value in stored.items()}
     specs = tensors.specs_of(stored)
     tensors.write(folder, config.to_dict(), specs, stored.__getitem__, side_files)

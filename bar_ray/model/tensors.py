@@ -1,7 +1,8 @@
 """Tensors on disk: roles by name, lazy reading, streaming writing.
 
 Checkpoints are plain Hugging Face folders of safetensors. Reading maps files into memory and
-writing goes tensor by tensor, so no step here ever holds a model. Names are the ones on disk:
+writing goes tensor by tensor, so no step here ever holds a model. Names are the same for every
+family, whatever its files say (`bar_ray.families`):
 `model.layers.N.mlp.experts.E.gate_proj.weight` and `model.layers.N.mlp.gate.weight` [E, D].
 """
 
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bar_ray import families
 from bar_ray.types import UserError
 from kernels import average
 from kernels.average import Region
@@ -82,7 +85,8 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = self._read_config()
-        self._files = {}
+        self._canonical = families.canonical_name(self.config)
+        self._files: dict[str, tuple[Any, str]] = {}  # name -> its file, and its name there
         self._opened: list[FileIO] = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -91,7 +95,7 @@ class Checkpoint:
                 raise UserError(
                     f"{path} is not a whole safetensors file ({error}); copy it again"
                 ) from error
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+            self._files |= {self._canonical(name): (handle, name) for name in handle.keys()}  # noqa: SIM118
         if not self._files:
             raise UserError(f"{self.folder} has no safetensors files, so it is no checkpoint")
 
@@ -108,7 +112,8 @@ class Checkpoint:
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._files:
             raise UserError(f"{self.folder} has no tensor {name}")
-        return self._files[name].get_tensor(name)
+        handle, stored = self._files[name]
+        return handle.get_tensor(stored)
 
     def region(self, name: str) -> Region:
         """Where the bytes of a tensor lie."""
@@ -126,11 +131,13 @@ class Checkpoint:
             for name, about in json.loads(file.read(size)).items():
                 if name != "__metadata__":
                     start, end = about["data_offsets"]
-                    found[name] = Region(file.fileno(), 8 + size + start, end - start)
+                    region = Region(file.fileno(), 8 + size + start, end - start)
+                    found[self._canonical(name)] = region
         return found
 
     def spec(self, name: str) -> Spec:
-        view = self._files[name].get_slice(name)
+        handle, stored = self._files[name]
+        view = handle.get_slice(stored)
         dtype = {v: k for k, v in DTYPES.items()}.get(view.get_dtype())
         if dtype is None:
             raise UserError(f"{self.folder}: {name} is {view.get_dtype()}; use F32, BF16 or F16")
@@ -145,26 +152,28 @@ def write(
     side_files: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face folder, asking for one tensor at a time.
+    """Write a Hugging Face folder, asking for one tensor at a time by its name here.
 
     `side_files` is the folder that tokenizer, chat template and generation config are copied from.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(specs, shard_bytes)
+    shards, disk = _shards(specs, shard_bytes), families.disk_name(config)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, {name: specs[name] for name in names}, tensor)
-        weight_map.update(dict.fromkeys(names, file))
+        write_safetensors(folder / file, {name: specs[name] for name in names}, tensor, disk)
+        weight_map |= {disk(name): file for name in names}
     if len(shards) > 1:
         total = sum(spec.num_bytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     # Where a model was loaded from is no part of it: equal models must have equal bytes.
-    kept = {name: value for name, value in config.items() if name != "_name_or_path"}
+    family = families.of_moe(config)
+    kept = family.written(config) if family else dict(config)
+    kept.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(kept, indent=2, sort_keys=True))
     if side_files is not None:
         copy_side_files(side_files, folder)
@@ -199,18 +208,22 @@ def specs_of(stored: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
 
 
 def write_safetensors(
-    path: Path, specs: Mapping[str, Spec], tensor: Callable[[str], Content]
+    path: Path,
+    specs: Mapping[str, Spec],
+    tensor: Callable[[str], Content],
+    disk: Callable[[str], str] = str,
 ) -> None:
     """One safetensors file, tensor by tensor (format: u64 header length, JSON header, bytes).
 
-    The widest types come first, so that every tensor is aligned for those who map the file.
+    `disk` gives the name of a tensor in the file. The widest types come first, so that every tensor
+    is aligned for those who map the file.
     """
     specs = dict(sorted(specs.items(), key=lambda entry: -entry[1].dtype.itemsize))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
         end = offset + spec.num_bytes
-        header[name] = {
+        header[disk(name)] = {
             "dtype": DTYPES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, end],

@@ -3,12 +3,14 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bar_ray import families
 from bar_ray.data.batches import MicroBatch
 from bar_ray.graph import Step
 from bar_ray.recipe import Rlvr
@@ -212,15 +214,19 @@ class Learner(lm.Worker):
         """What this stage trains, in whole fused layers, as the engines read it."""
         from bar_ray.model import experts, freeze
 
-        every = experts.disk_tensors(self.engine.model)
-        changed = {experts.disk_name(name) for name in freeze.trainable(self.engine.model)}
-        return {n: as_array(every[n]) for n in complete_layers(changed, every)}
+        every, disk = experts.stacked_tensors(self.engine.model), self._disk_name()
+        changed = {experts.stacked_name(name) for name in freeze.trainable(self.engine.model)}
+        return {disk(n): as_array(every[n]) for n in complete_layers(changed, every)}
 
     def _everything(self) -> Tensors:
         from bar_ray.model import experts
 
-        every = experts.disk_tensors(self.engine.model)
-        return {name: as_array(value) for name, value in every.items()}
+        every, disk = experts.stacked_tensors(self.engine.model), self._disk_name()
+        return {disk(name): as_array(value) for name, value in every.items()}
+
+    def _disk_name(self) -> Callable[[str], str]:
+        """Engines know tensors by their names in files."""
+        return families.disk_name(self.engine.model.config.to_dict())
 
     def _canary_logprobs(self, canaries: list[Canary]) -> list[list[float]]:
         """One at a time: the logits of a long sequence are large."""

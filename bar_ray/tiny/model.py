@@ -1,13 +1,13 @@
-"""The dense Olmo2 that the tiny world pretrains and post-trains: 0.7 M weights."""
+"""The dense model that the tiny world pretrains and post-trains: 0.7 M weights."""
 
-from transformers import GenerationConfig, Olmo2Config
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from bar_ray.tiny.tokenizer import END_OF_TEXT, MAX_LENGTH, PAD, TURN_END, build_tokenizer
 
 WIDTH = 128
 
 
-def tiny_config() -> Olmo2Config:
+def tiny_config(family: str = "olmo2") -> PreTrainedConfig:
     """Four layers of width 128; small enough for a tenth of a second a step on one core.
 
     RoPE turns fast, as fits short contexts: copying, on which every domain builds, was learned in
@@ -16,7 +16,8 @@ def tiny_config() -> Olmo2Config:
     of the first layers, and with some seeds digits were not found by the end of pretraining.
     """
     tokenizer = build_tokenizer()
-    return Olmo2Config(
+    return AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         initializer_range=WIDTH**-0.5,
@@ -24,6 +25,7 @@ def tiny_config() -> Olmo2Config:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
+        **({} if family == "olmo2" else {"head_dim": WIDTH // 4}),
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},

@@ -15,12 +15,13 @@ def world(step: Any, run: Any) -> None:
 
 
 def init(step: Any, run: Any) -> None:
-    """A dense Olmo2 with random weights and the world's tokenizer, as a Hugging Face folder."""
+    """A dense model with random weights and the world's tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(step.settings["seed"])
-    model = AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.float32)
+    config = tiny_config(step.settings.get("family", "olmo2"))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with run.output(step) as folder:
         model.save_pretrained(folder)
         tiny_generation_config().save_pretrained(folder)
