@@ -94,8 +94,10 @@ def lineage(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _family(bar: Step) -> Family:
-    uri = storage.join(bar.artifact.uri, storage.verify(bar.artifact.uri).data, "config.json")
+def _family(bar: Step, exported: str) -> Family:
+    """Of the model, which may be there no more but as what was exported of it."""
+    place = bar.artifact.uri if storage.read_manifest(bar.artifact.uri) else exported
+    uri = storage.join(place, storage.verify(place).data, "config.json")
     family = families.of_moe(storage.read_json(uri))
     assert family is not None, f"{uri} was merged, so it is a mixture of experts"
     return family
@@ -104,7 +106,7 @@ def _family(bar: Step) -> Family:
 def card(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
     """The model card; the same for the same model and scores."""
     final, made_from = scores["models"].get("bar", {}), lineage(pipeline)
-    family = _family(pipeline.bar)
+    family = _family(pipeline.bar, storage.join(recipe.storage, "model"))
     results = [
         EvalResult(
             task_type="text-generation",

@@ -6,7 +6,6 @@ read and written. With all experts active the gates are the same in every family
 all router logits.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,24 +79,6 @@ class Family:
     def renormalises(self, config: Mapping[str, Any]) -> bool:
         """Whether the gates of the active experts sum to one; with all active they do anyway."""
         return bool(config.get("norm_topk_prob", self.moe == "mixtral"))
-
-    def branched(self, dense: Mapping[str, Any], num_experts: int) -> Config:
-        """The mixture's config from a dense one, which the dense class reads first.
-
-        RoPE's parameters are among what is copied: defaults differ, and a wrong theta is silent.
-        """
-        from transformers import AutoConfig
-
-        given = {name: value for name, value in dense.items() if name != "model_type"}
-        parsed = AutoConfig.for_model(self.dense, **given).to_dict()
-        fields = {*AutoConfig.for_model(self.moe).to_dict(), *self.kept}
-        fields -= {"model_type", "architectures", "transformers_version"}
-        values = {name: value for name, value in parsed.items() if name in fields}
-        values |= {self.width: parsed["intermediate_size"], **self.fixed}
-        values |= {self.count: num_experts, "num_experts_per_tok": num_experts}
-        config = AutoConfig.for_model(self.moe, **values)
-        config.architectures = [self.moe_class]
-        return self.written(json.loads(config.to_json_string(use_diff=False)))
 
     def refuse(self, config: Mapping[str, Any], where: str) -> None:
         """UserError when the mixture would not compute what the dense model does."""

@@ -373,6 +373,15 @@ class Planning:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Where the numbers of optimizer steps go beside metrics.jsonl and Ray's metrics."""
+
+    trackers: list[str] = how(lambda: ["tensorboard"], "of tensorboard, wandb and mlflow")
+    project: str = how("bar_ray", "project of W&B, experiment of MLflow")
+    mlflow_uri: str = how("", "MLflow's tracking server; empty: $MLFLOW_TRACKING_URI")
+
+
+@dataclass(frozen=True)
 class Tiny:
     """The small world: generated data and a dense base trained in place (`bar_ray/tiny`)."""
 
@@ -410,6 +419,7 @@ class Recipe:
     sweep: Sweep = how(Sweep, "trials of jobs/sweep.py")
     evaluate: Evaluate = what(Evaluate, "evaluation")
     plan: Planning = how(Planning, "what a run will cost")
+    tracking: Tracking = how(Tracking, "trackers of experiments")
     sandbox: Sandbox = how(Sandbox, "running model-written programs")
     cluster: Cluster = how(Cluster, "the Ray cluster")
 

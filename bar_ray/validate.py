@@ -6,6 +6,7 @@ Every problem names the key and says what to write instead.
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from bar_ray import families
@@ -32,6 +33,7 @@ GRPO_CHOICES = {
     "kl_estimator": ("k1", "k2", "k3"),
 }
 MERGE_RULES = ("mean", "one", "sum", "ties", "fisher")
+TRACKERS = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # and the packages they are in
 SPACES = ("choice", "uniform", "loguniform")
 DENSE_ROLES = (*SHARED, "expert")
 
@@ -69,6 +71,10 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _choice("tiny.family", recipe.tiny.family, families.DENSE)
         yield from _stage_problems("tiny.pretrain", recipe.tiny.pretrain, recipe, DENSE_ROLES)
         yield from _stage_problems("tiny.post_train", recipe.tiny.post_train, recipe, DENSE_ROLES)
+    for name in recipe.tracking.trackers:
+        yield from _choice("tracking.trackers", name, ("tensorboard", *TRACKERS))
+        if name in TRACKERS and find_spec(name) is None:
+            yield f"tracking.trackers: {name} is not installed: pip install {TRACKERS[name]}"
     for stage in recipe.evaluate.stages:
         yield from _choice("evaluate.stages", stage, STAGES)
     for name, expert in recipe.experts.items():

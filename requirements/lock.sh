@@ -27,8 +27,8 @@ resolve() { # <cpu|gpu> [uv options]
     local kind=$1
     shift
     "$work/uv/bin/uv" pip compile pyproject.toml --extra "$kind" --extra test --extra bench \
-        --override requirements/overrides.txt --python-version 3.11 --index-strategy unsafe-best-match \
-        --no-header --no-annotate --quiet --output-file "$work/$kind.txt" "${places[@]}" "$@"
+        --extra trackers --extra docs --override requirements/overrides.txt --python-version 3.11 \
+        --index-strategy unsafe-best-match --no-header --no-annotate --quiet --output-file "$work/$kind.txt" "${places[@]}" "$@"
 }
 
 write() { # <cpu|gpu> <for which machines>

@@ -1,20 +1,22 @@
-"""What happened in a run, owned by one actor: events, metrics, TensorBoard, console lines.
+"""What happened in a run, owned by one actor: events, metrics, trackers, console lines.
 
 `<storage>/runs/<run id>/` gets run.json, events.jsonl and metrics.jsonl. A local file is appended
 to; an object store has no append, so there the whole object is put again every few seconds.
 """
 
 import json
+import math
 import os
-import re
 import time
 from typing import Any
 
 import ray
-from ray.util.metrics import Gauge
 
 from bar_ray import storage
+from bar_ray.cluster import trackers
+from bar_ray.cluster.exporter import Exporter
 from bar_ray.log import step_line, titled
+from bar_ray.recipe import Tracking
 
 CONSOLE_EVERY_S = 5.0
 UPLOAD_EVERY_S = 10.0
@@ -26,7 +28,7 @@ NOT_METRICS = ("time", "verb", "name", "arm", "fingerprint", "step", "steps", "e
 class Journal:
     """One per run, on the driver's node."""
 
-    def __init__(self, storage_uri: str, run_id: str) -> None:
+    def __init__(self, storage_uri: str, run_id: str, tracking: Tracking | None = None) -> None:
         self.run_id, self.uri = run_id, storage.join(storage_uri, "runs", run_id)
         self.local = storage.is_local(self.uri)
         if self.local:
@@ -36,8 +38,8 @@ class Journal:
             self.folder = storage.scratch(storage.staging_folder(storage_uri))
             self._fetch()
         self.files = {name: open(os.path.join(self.folder, name), "a") for name in NAMES}
-        self.board: dict[str, Any] = {}
-        self.gauges: dict[str, Gauge] = {}
+        self.trackers = trackers.made(tracking or Tracking(), run_id, self.folder)
+        self.exporter = Exporter(run_id)
         self.lines: list[str] = []
         self.shown: dict[str, float] = {}
         self.uploaded = time.monotonic()
@@ -52,9 +54,14 @@ class Journal:
     def event(self, event: str, **fields: Any) -> None:
         """Something that happened once: a step started, finished, failed; a fault; a resume."""
         self._write("events.jsonl", {"time": time.time(), "event": event, **fields})
+        self.exporter.event(event)
+        if event in ("finished", "failed"):
+            title = titled(fields.get("name", ""), fields.get("arm", ""))
+            self.exporter.end((title, fields.get("verb", "")))
 
     def pool(self, view: dict[str, Any]) -> None:
         """Who holds what of the cluster now, for `jobs/pool.py`."""
+        self.exporter.view(view)
         known = {"run": self.run_id, "time": time.time(), **view}
         self._put("pool.json", json.dumps(known).encode())
 
@@ -70,27 +77,26 @@ class Journal:
         if last or time.monotonic() - self.shown.get(who, 0.0) >= CONSOLE_EVERY_S:
             self.shown[who] = time.monotonic()
             self.lines.append(step_line(record))
-        for name, value in record.items():
-            if name not in NOT_METRICS and isinstance(value, int | float):
-                self._publish(who, record["step"], name, value)
-                self._gauge(name).set(value, tags={"expert": title, "stage": record["verb"]})
+        self.exporter.record((title, record["verb"]), record)
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if name not in NOT_METRICS and isinstance(value, int | float) and math.isfinite(value)
+        }
+        for name in [*self.trackers]:
+            self._track(name, who, record["step"], numbers)
 
-    def _publish(self, who: str, step: int, name: str, value: float) -> None:
-        if who not in self.board:
-            from tensorboardX import SummaryWriter  # imports torch: seconds
-
-            folder = os.path.join(self.folder, "tensorboard", who)
-            self.board[who] = SummaryWriter(folder, flush_secs=10)
-        self.board[who].add_scalar(name, value, step)
-
-    def _gauge(self, name: str) -> Gauge:
-        if name not in self.gauges:
-            metric = "bar_ray_" + re.sub(r"\W", "_", name)
-            self.gauges[name] = Gauge(metric, f"{name} of a stage", tag_keys=("expert", "stage"))
-        return self.gauges[name]
+    def _track(self, name: str, who: str, step: int, numbers: dict[str, float]) -> None:
+        """A tracker that fails, whatever its reason, costs its own numbers alone."""
+        try:
+            self.trackers[name].log(who, step, numbers)
+        except Exception as error:
+            del self.trackers[name]
+            self.event("tracker_lost", tracker=name, reason=f"{type(error).__name__}: {error}")
+            self.lines.append(f"{name} takes no more numbers of this run: {error}")
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
-        self.files[name].write(json.dumps(record) + "\n")
+        self.files[name].write(json.dumps(finite(record)) + "\n")
         self.files[name].flush()
         if not self.local and time.monotonic() - self.uploaded > UPLOAD_EVERY_S:
             self._upload()
@@ -101,6 +107,13 @@ class Journal:
             with open(os.path.join(self.folder, name), "rb") as file:
                 self._put(name, file.read())
 
+    def _upload_events(self) -> None:
+        """TensorBoard's files, which it reads from object storage too."""
+        for path, _, names in os.walk(os.path.join(self.folder, "tensorboard")):
+            for name in names:
+                with open(os.path.join(path, name), "rb") as file:
+                    self._put(os.path.relpath(os.path.join(path, name), self.folder), file.read())
+
     def _put(self, name: str, content: bytes) -> None:
         storage.write_bytes(storage.join(self.uri, name), content)
 
@@ -110,9 +123,20 @@ class Journal:
         return lines
 
     def close(self) -> list[str]:
-        for writer in self.board.values():
-            writer.close()
+        self.exporter.close()
+        for tracker in self.trackers.values():
+            tracker.close()
         if not self.local:
             self._upload()
+            self._upload_events()
             storage.discard(self.folder)
         return self.drain()
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no infinities, and no number that is none: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list) else value

@@ -52,7 +52,7 @@ class Run:
         head = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(head, soft=False)
         options = {"scheduling_strategy": here, "max_restarts": -1}
-        journal = Journal.options(**options).remote(recipe.storage, run_id)
+        journal = Journal.options(**options).remote(recipe.storage, run_id, recipe.tracking)
         return cls(run_id, recipe, journal, head)
 
     def fetch(self, step: Step) -> str:
@@ -96,6 +96,7 @@ class Run:
 
     def event(self, event: str, step: Step, **fields: Any) -> None:
         who = {"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint}
+        who |= {"arm": step.arm} if step.arm else {}
         self.journal.event.remote(event, **who, **fields)
 
     def say(self, step: Step, line: str) -> None:

@@ -5,8 +5,10 @@ one gives the FFN that the expert (expert 1) starts from. The new router is smal
 both FFNs equal and k = E any router reproduces the dense model, because the gates sum to one.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +72,7 @@ def upcycle(
             return dense[dense_name]
         return shared(name)
 
-    config = family.branched(first.config, len(models))
+    config = moe_config(family, first.config, len(models))
     tensors.write(folder, config, specs, tensor, side_files=first.folder)
 
 
@@ -80,6 +82,25 @@ def _routers(
     generator = torch.Generator().manual_seed(seed)
     names = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(num_layers)]
     return {name: torch.randn(num_experts, width, generator=generator) * std for name in names}
+
+
+def moe_config(family: Family, dense: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+    """The mixture's config from a dense one, which the dense class reads first.
+
+    RoPE's parameters are among what is copied: defaults differ, and a wrong theta is silent.
+    """
+    from transformers import AutoConfig
+
+    given = {name: value for name, value in dense.items() if name != "model_type"}
+    parsed = AutoConfig.for_model(family.dense, **given).to_dict()
+    fields = {*AutoConfig.for_model(family.moe).to_dict(), *family.kept}
+    fields -= {"model_type", "architectures", "transformers_version"}
+    values = {name: value for name, value in parsed.items() if name in fields}
+    values |= {family.width: parsed["intermediate_size"], **family.fixed}
+    values |= {family.count: num_experts, "num_experts_per_tok": num_experts}
+    config = AutoConfig.for_model(family.moe, **values)
+    config.architectures = [family.moe_class]
+    return family.written(json.loads(config.to_json_string(use_diff=False)))
 
 
 def _check(models: Sequence[Checkpoint]) -> Family:
