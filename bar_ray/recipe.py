@@ -378,6 +378,7 @@ class Tracking:
 
     trackers: list[str] = how(lambda: ["tensorboard"], "of tensorboard, wandb and mlflow")
     project: str = how("bar_ray", "project of W&B, experiment of MLflow")
+    board: int = how(-1, "port of the board beside a run (0: any free one); -1: none")
     mlflow_uri: str = how("", "MLflow's tracking server; empty: $MLFLOW_TRACKING_URI")
 
 

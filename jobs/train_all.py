@@ -9,6 +9,7 @@ The same command again continues where it stopped and reuses what is finished.
 import argparse
 
 from bar_ray import export, pipeline, report, storage, versions
+from bar_ray.board import beside
 from bar_ray.cli import Cli
 from bar_ray.cluster import session
 from bar_ray.recipe import Recipe
@@ -19,7 +20,7 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     graph = pipeline.build(recipe)
     if args.plan:
         return session.show_plan(recipe, graph.targets)
-    run_id = session.drive(recipe, graph.targets)
+    run_id = session.drive(recipe, graph.targets, beside)
     scores = report.write(graph, recipe, run_id)
     versions.publish(graph, recipe, scores)
     print(report.table(scores))

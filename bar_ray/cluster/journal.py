@@ -1,7 +1,8 @@
 """What happened in a run, owned by one actor: events, metrics, trackers, console lines.
 
-`<storage>/runs/<run id>/` gets run.json, events.jsonl and metrics.jsonl. A local file is appended
-to; an object store has no append, so there the whole object is put again every few seconds.
+`<storage>/runs/<run id>/` gets run.json, events.jsonl, metrics.jsonl and transcripts.jsonl (some
+rollouts, to read). A local file is appended to; an object store has no append, so there the whole
+object is put again every few seconds.
 """
 
 import json
@@ -20,7 +21,7 @@ from bar_ray.recipe import Tracking
 
 CONSOLE_EVERY_S = 5.0
 UPLOAD_EVERY_S = 10.0
-NAMES = ("events.jsonl", "metrics.jsonl")
+NAMES = ("events.jsonl", "metrics.jsonl", "transcripts.jsonl")
 NOT_METRICS = ("time", "verb", "name", "arm", "fingerprint", "step", "steps", "eta_s")
 
 
@@ -64,6 +65,10 @@ class Journal:
         self.exporter.view(view)
         known = {"run": self.run_id, "time": time.time(), **view}
         self._put("pool.json", json.dumps(known).encode())
+
+    def transcript(self, **fields: Any) -> None:
+        """A prompt with some of its completions and their rewards."""
+        self._write("transcripts.jsonl", {"time": time.time(), **fields})
 
     def say(self, line: str) -> None:
         self.lines.append(line)

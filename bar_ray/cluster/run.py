@@ -99,6 +99,10 @@ class Run:
         who |= {"arm": step.arm} if step.arm else {}
         self.journal.event.remote(event, **who, **fields)
 
+    def transcript(self, step: Step, **fields: Any) -> None:
+        who = {"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint}
+        self.journal.transcript.remote(**who, **fields)
+
     def say(self, step: Step, line: str) -> None:
         self.journal.say.remote(f"{titled(step.name, step.arm):<10} | {step.verb:<8} | {line}")
 

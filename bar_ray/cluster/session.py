@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -74,8 +74,14 @@ def _reckon(recipe: Recipe, planned: list[Planned]) -> None:
         raise UserError("not run")
 
 
-def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
-    """Run what the targets need and storage does not hold yet; returns the run id."""
+Beside = Callable[[Any], contextlib.AbstractContextManager[None]]
+
+
+def drive(recipe: Recipe, targets: Sequence[Step], beside: Beside | None = None) -> str:
+    """Run what the targets need and storage does not hold yet; returns the run id.
+
+    `beside` is entered with the run while it is at work.
+    """
     planned = plan(targets)
     print(render_plan(planned), flush=True)
     _reckon(recipe, planned)
@@ -90,7 +96,7 @@ def drive(recipe: Recipe, targets: Sequence[Step]) -> str:
         _describe(recipe, run_id, planned)
         with connected(recipe):
             _refuse_what_cannot_fit(recipe, todo)
-            _execute(recipe, run_id, planned, lease)
+            _execute(recipe, run_id, planned, lease, beside)
     print(f"ran {len(todo)} steps in {duration(time.monotonic() - started)}", flush=True)
     return run_id
 
@@ -121,7 +127,7 @@ def _describe(recipe: Recipe, run_id: str, planned: list[Planned]) -> None:
         "recipe": dump(recipe),
         "plan": [
             {
-                **{"verb": p.step.verb, "name": p.step.name},
+                **{"verb": p.step.verb, "name": p.step.name, "arm": p.step.arm},
                 **{"fingerprint": p.step.fingerprint, "reused": p.reused, "reason": p.reason},
             }
             for p in planned
@@ -206,12 +212,19 @@ def _protect_token() -> None:
         token.chmod(0o600)
 
 
-def _execute(recipe: Recipe, run_id: str, planned: list[Planned], lease: Lease) -> None:
+def _execute(
+    recipe: Recipe,
+    run_id: str,
+    planned: list[Planned],
+    lease: Lease,
+    beside: Beside | None = None,
+) -> None:
     from bar_ray.cluster.run import Run, execute
 
     run = Run.start(recipe, run_id)
     try:
-        execute(planned, run, lease)
+        with beside(run) if beside else contextlib.nullcontext():
+            execute(planned, run, lease)
     finally:
         _close(run)
 

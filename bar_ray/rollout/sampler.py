@@ -45,6 +45,7 @@ from bar_ray.types import Verdict
 
 SAY_EVERY_S = 30.0
 FOLLOW_EVERY_S = 5.0
+SHOWN_CHARACTERS = 4000  # of a text on the board
 MOST_DROPS = 5  # a second time is possible, after that something is wrong
 
 
@@ -387,6 +388,7 @@ class SamplerActor:
         self.fleet = Fleet(
             stage.rollout, engine_options(step), place, f"engines-{name}", self._report
         )
+        self.read = tokenizer.decode
         self._sampler = Sampler(
             stage,
             seed,
@@ -447,6 +449,8 @@ class SamplerActor:
 
     async def batch(self, step: int) -> RolloutBatch:
         batch = await self.sampler.batch(step)
+        if batch.drawn:
+            self._show(step, batch.drawn[0])
         if self.stage.rollout.dump_every and step % self.stage.rollout.dump_every == 0:
             await asyncio.to_thread(self._keep, step, batch.drawn)
         return batch
@@ -463,6 +467,27 @@ class SamplerActor:
     async def digests(self) -> dict[str, dict[str, str]]:
         """What each engine was given last, by tensor."""
         return await self.sampler.fleet.from_each("checksums")
+
+    def _show(self, step: int, group: Group) -> None:
+        """The best and the worst answer to one prompt, for people who watch."""
+        ordered = sorted(group.completions, key=lambda completion: -completion.reward)
+        self.run.transcript(
+            self.step,
+            step=step,
+            prompt_id=group.prompt_id,
+            source=group.source,
+            prompt=self.read(group.prompt)[:SHOWN_CHARACTERS],
+            rewards=group.rewards,
+            completions=[
+                {
+                    "text": self.read(each.tokens)[:SHOWN_CHARACTERS],
+                    "reward": each.reward,
+                    "outcome": each.outcome,
+                    "tokens": len(each.tokens),
+                }
+                for each in ordered[:: max(1, len(ordered) - 1)]
+            ],
+        )
 
     def _keep(self, step: int, groups: list[Group]) -> None:
         """Write the rollouts of a step to the run's folder, to be read or replayed."""
