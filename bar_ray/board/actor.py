@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bar_ray.board import server
+from bar_ray.board import grafana, server
 from bar_ray.board.server import Board
 from bar_ray.cluster.run import Run
 
@@ -24,6 +25,7 @@ class Serving:
 @contextlib.contextmanager
 def beside(run: Run) -> Iterator[None]:
     """Serve the board as long as the block lasts, when the recipe asks for it."""
+    provision()
     tracking = run.recipe.tracking
     if tracking.board < 0:
         yield
@@ -38,6 +40,15 @@ def beside(run: Run) -> Iterator[None]:
         yield
     finally:
         ray.kill(serving)
+
+
+def provision() -> None:
+    """Put the dashboards where the Grafana of this head looks, when it is here."""
+    if _has_node():
+        folder = Path(ray.worker.global_worker.node.get_session_dir_path(), "metrics", "grafana")
+        if (folder / "dashboards").is_dir():
+            with contextlib.suppress(OSError):  # of another user: its owner can run --grafana
+                grafana.write(folder / "dashboards")
 
 
 def _has_node() -> bool:
