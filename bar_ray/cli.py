@@ -48,7 +48,7 @@ def reference(section: Any = None, prefix: str = "") -> str:
     section, lines = section or Recipe(), []
     for setting in fields(section):
         key, default = prefix + setting.name, getattr(section, setting.name)
-        inner = default if is_dataclass(default) else _optional_dataclass(setting.type)
+        inner = default if is_dataclass(default) else optional_dataclass(setting.type)
         if inner is None:
             shown = "{}" if default == {} else repr(default)
             lines.append(f"  {key} = {shown}  # {setting.metadata['doc']}")
@@ -59,7 +59,7 @@ def reference(section: Any = None, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def _optional_dataclass(annotation: Any) -> Any:
+def optional_dataclass(annotation: Any) -> Any:
     """The dataclass inside `X | None` or `dict[str, X]`, with its defaults; None when none is."""
     inner = [a for a in getattr(annotation, "__args__", ()) if is_dataclass(a)]
     return inner[0]() if inner else None

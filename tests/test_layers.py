@@ -22,6 +22,7 @@ LAYERS = (
     ("L1", "validate"),
     ("L1", "config storage cost"),
     ("L1", "cli"),
+    ("L1", "reference"),
     ("L1", "graph"),
     ("L1", "estimate"),
     ("L2", "model data rewards cluster registry"),
