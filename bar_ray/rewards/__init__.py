@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bar_ray.recipe import Sandbox as SandboxSettings
-from bar_ray.rewards import code, instructions, math, safety, tools
+from bar_ray.rewards import bfcl, code, instructions, math, safety, tools
 from bar_ray.rewards.sandbox import Limits, Sandbox
 from bar_ray.types import OUTCOMES, UserError, Verdict
 
@@ -21,6 +21,7 @@ Reward = Callable[[str, Any], Verdict]
 
 _MODULES = {
     "math": math,
+    "bfcl": bfcl,
     "code": code,
     "tool_call": tools,
     "instruction": instructions,
