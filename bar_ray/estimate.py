@@ -296,7 +296,10 @@ def base_shape(recipe: Recipe) -> Shape | None:
     """Sizes of the dense base, from its config.json."""
     if recipe.tiny is not None or not recipe.base.post_trained:
         return None
-    return Shape.of(storage.read_json(storage.join(recipe.base.post_trained, "config.json")))
+    uri = recipe.base.post_trained
+    if storage.read_manifest(uri):  # one of ours: remote files lie one folder deeper
+        uri = storage.join(uri, storage.verify(uri).data)
+    return Shape.of(storage.read_json(storage.join(uri, "config.json")))
 
 
 def render(found: Sequence[Estimate]) -> str:

@@ -71,6 +71,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _choice("tiny.family", recipe.tiny.family, families.DENSE)
         yield from _stage_problems("tiny.pretrain", recipe.tiny.pretrain, recipe, DENSE_ROLES)
         yield from _stage_problems("tiny.post_train", recipe.tiny.post_train, recipe, DENSE_ROLES)
+    if recipe.plan.limit and not recipe.plan.cluster:
+        yield "plan.limit is set without plan.cluster: there are no accelerator hours to compare"
     for name in recipe.tracking.trackers:
         yield from _choice("tracking.trackers", name, ("tensorboard", *TRACKERS))
         if name in TRACKERS and find_spec(name) is None:

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
@@ -88,13 +90,13 @@ class Journal:
             for name, value in record.items()
             if name not in NOT_METRICS and isinstance(value, int | float) and math.isfinite(value)
         }
-        for name in [*self.trackers]:
-            self._track(name, who, record["step"], numbers)
+        for name, tracker in list(self.trackers.items()):
+            self._track(name, partial(tracker.log, who, record["step"], numbers))
 
-    def _track(self, name: str, who: str, step: int, numbers: dict[str, float]) -> None:
+    def _track(self, name: str, work: Callable[[], None]) -> None:
         """A tracker that fails, whatever its reason, costs its own numbers alone."""
         try:
-            self.trackers[name].log(who, step, numbers)
+            work()
         except Exception as error:
             del self.trackers[name]
             self.event("tracker_lost", tracker=name, reason=f"{type(error).__name__}: {error}")
@@ -129,8 +131,8 @@ class Journal:
 
     def close(self) -> list[str]:
         self.exporter.close()
-        for tracker in self.trackers.values():
-            tracker.close()
+        for name, tracker in list(self.trackers.items()):
+            self._track(name, tracker.close)
         if not self.local:
             self._upload()
             self._upload_events()
