@@ -1,5 +1,7 @@
 """Export: the routed model as `<storage>/model/`, a plain Hugging Face folder with a model card.
 
+Some of its experts, as a model of their own, are at `<storage>/subsets/<experts>/`.
+
 The folder is an artifact like any other (`MANIFEST.json` last), but at a fixed place: a new model
 replaces the old one, and the same model with the same card is left alone. Only safetensors and JSON
 go in; nothing executable, nothing that needs remote code.
@@ -10,7 +12,7 @@ Left out: keeping a reader on the old model while it is replaced; between the tw
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,15 @@ TEMPLATE = Path(__file__).with_name("report") / "card.md.j2"
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def export(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
+def export(pipeline: Pipeline, recipe: Recipe, scores: Scores, left_out: Sequence[str] = ()) -> str:
     """Put the routed model at `<storage>/model/` and return the folder that holds its files.
 
     That is `<storage>/model` itself on a local disk; on an object store it is the folder below it
-    that the manifest names.
+    that the manifest names. Of a model with experts `left_out`, it is `<storage>/subsets/<name>`.
     """
-    target = storage.join(recipe.storage, "model")
-    text = card(pipeline, recipe, scores)
+    place = ("subsets", pipeline.bar.name) if left_out else ("model",)
+    target = storage.join(recipe.storage, *place)
+    text = card(pipeline, recipe, scores, left_out)
     manifest = storage.read_manifest(target)
     if manifest is None or not _is_current(target, manifest, pipeline.bar, text):
         source = storage.fetch(pipeline.bar.artifact.uri)
@@ -103,7 +106,7 @@ def _family(bar: Step, exported: str) -> Family:
     return family
 
 
-def card(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
+def card(pipeline: Pipeline, recipe: Recipe, scores: Scores, left_out: Sequence[str] = ()) -> str:
     """The model card; the same for the same model and scores."""
     final, made_from = scores["models"].get("bar", {}), lineage(pipeline)
     family = _family(pipeline.bar, storage.join(recipe.storage, "model"))
@@ -135,7 +138,8 @@ def card(pipeline: Pipeline, recipe: Recipe, scores: Scores) -> str:
         lineage=made_from,
         slots=_slots(made_from),
         table=markdown(scores) if scores["models"] else "Nothing was scored.",
-        top_k=recipe.router.top_k or len(pipeline.stages) + 1,
+        top_k=min(recipe.router.top_k or len(pipeline.stages) + 1, len(pipeline.stages) + 1),
+        left_out=left_out,
         seed=recipe.seed,
     ).content
 

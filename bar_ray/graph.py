@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, int]] = {
     "branch": ("bar_ray.model.branch:run", 1),
     "fisher": ("bar_ray.stages.start:fisher", 1),
     "merge": ("bar_ray.merge:run", 1),
+    "subset": ("bar_ray.merge:subset", 1),
     "average": ("bar_ray.baselines.dense:merge", 1),
     "btx": ("bar_ray.baselines.dense:btx", 1),
     "lora": ("bar_ray.stages.start:lora", 1),

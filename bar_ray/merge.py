@@ -8,7 +8,7 @@ i. Tensors stream: never more than a few are in memory.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +39,34 @@ def run(step: Any, run: Any) -> None:
     base, experts = Checkpoint(run.fetch(step.inputs["base"])), checkpoints("expert")
     with run.output(step, {"slots": ["anchor", *experts]}) as folder:
         merge(base, experts, folder, step.settings, checkpoints("fisher"))
+
+
+def subset(step: Any, run: Any) -> None:
+    """Inputs: `merged`, of some experts; `routed`, of more.
+
+    Settings: `rows` of the latter's router, the anchor's first.
+    """
+    merged, routed = (Checkpoint(run.fetch(step.inputs[name])) for name in ("merged", "routed"))
+    with run.output(step, {"rows": step.settings["rows"]}) as folder:
+        with_rows(merged, routed, step.settings["rows"], folder)
+
+
+def with_rows(merged: Checkpoint, routed: Checkpoint, rows: Sequence[int], folder: str) -> None:
+    """Write the merged model with these rows of a trained router, the anchor's first.
+
+    The gates are a softmax over the experts that are there, so what is left out is shared among
+    the others in the proportions that the router has learned.
+    """
+
+    def content(name: str) -> Content:
+        if name.endswith("mlp.gate.weight"):
+            return routed[name][list(rows)].to(merged.spec(name).dtype)
+        return partial(kernel.copy, merged.region(name))
+
+    active = min(routed.config["num_experts_per_tok"], len(rows))
+    config = {**merged.config, "num_experts_per_tok": active}
+    specs = {name: merged.spec(name) for name in merged.names}
+    tensors.write(folder, config, specs, content, side_files=merged.folder)
 
 
 def merge(

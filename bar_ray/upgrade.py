@@ -51,7 +51,7 @@ class Upgrade:
 
     @cached_property
     def old_model(self) -> Pipeline:
-        experts = _versions(self.recipe, self.before)
+        experts = versions.experts_of(self.recipe, self.before)
         return versions.as_published(self.recipe, self.before, experts)
 
     @property
@@ -90,8 +90,8 @@ def work_out(recipe: Recipe, change: Change) -> Upgrade:
     current = known[-1]
     if change.kind == "rollback":
         earlier = _earlier(known, change.version)
-        return Upgrade(recipe, current, _versions(recipe, earlier), earlier)
-    experts = _versions(recipe, current)
+        return Upgrade(recipe, current, versions.experts_of(recipe, earlier), earlier)
+    experts = versions.experts_of(recipe, current)
     _check(change, experts, recipe)
     if change.kind == "remove":
         del experts[change.domain]
@@ -118,32 +118,14 @@ def _version(recipe: Recipe, change: Change) -> Version:
             f"run jobs/train_expert.py with --expert {change.domain}"
         )
     wanted = change.version or known[-1].version
-    return _numbered(f"version of '{change.domain}'", wanted, known)
+    return versions.numbered(f"version of '{change.domain}'", wanted, known)
 
 
 def _earlier(known: list[Version], number: int) -> Version:
     below = [version.version for version in known if version.version < known[-1].version]
     if not number and not below:
         raise UserError("the model has no earlier version to go back to")
-    return _numbered("version of the model", number or max(below), known)
-
-
-def _numbered(what: str, number: int, known: list[Version]) -> Version:
-    found = next((version for version in known if version.version == number), None)
-    if found is None:
-        there = ", ".join(str(v.version) for v in sorted(known, key=lambda v: v.version))
-        raise UserError(f"no {what} has the number {number}; there are {there}")
-    return found
-
-
-def _versions(recipe: Recipe, model: Version) -> dict[str, Version]:
-    """The published experts of a published model, in the order of its slots."""
-    found = {}
-    for domain, number in model.experts.items():
-        pick("expert", domain, recipe.experts)  # its SFT data is the router's
-        known = registry.versions(recipe.storage, domain)
-        found[domain] = _numbered(f"version of '{domain}'", number, known)
-    return found
+    return versions.numbered("version of the model", number or max(below), known)
 
 
 def table(upgrade: Upgrade) -> str:

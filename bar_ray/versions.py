@@ -94,10 +94,49 @@ def _sources(experts: Mapping[str, Expert]) -> dict[str, set[str]]:
     return {name: set(expert.sft.data) for name, expert in experts.items() if expert.sft}
 
 
+def numbered(what: str, number: int, known: list[Version]) -> Version:
+    found = next((version for version in known if version.version == number), None)
+    if found is None:
+        there = ", ".join(str(v.version) for v in sorted(known, key=lambda v: v.version))
+        raise UserError(f"no {what} has the number {number}; there are {there}")
+    return found
+
+
+def experts_of(recipe: Recipe, model: Version) -> dict[str, Version]:
+    """The published experts of a published model, in the order of its slots."""
+    found = {}
+    for domain, number in model.experts.items():
+        validate.pick("expert", domain, recipe.experts)  # its SFT data is the router's
+        known = registry.versions(recipe.storage, domain)
+        found[domain] = numbered(f"version of '{domain}'", number, known)
+    return found
+
+
 def compose(recipe: Recipe, experts: Mapping[str, Version]) -> Pipeline:
     """A model of published experts of one base: what comes after them, and its scores."""
-    recipe = with_experts(recipe, {name: recipe.experts[name] for name in experts})
-    graph = Builder(recipe)
+    graph = Builder(with_experts(recipe, {name: recipe.experts[name] for name in experts}))
+    base, branch, merged, stages = _merged(graph, experts)
+    bar = graph.route(merged)
+    return Pipeline(base, branch, stages, merged, bar, {"bar": graph.evaluate("bar", bar)})
+
+
+def subset(recipe: Recipe, model: Version, experts: Mapping[str, Version]) -> Pipeline:
+    """Some experts of a published model, with its router's rows for them: nothing is trained."""
+    kept = with_experts(recipe, {name: recipe.experts[name] for name in experts})
+    graph = Builder(kept)
+    base, branch, merged, stages = _merged(graph, experts)
+    slots = ["anchor", *model.experts]
+    rows = {"rows": [0, *(slots.index(name) for name in experts)]}
+    inputs = {"merged": merged, "routed": published(recipe, model)}
+    bar = graph.step("subset", "+".join(experts), rows, inputs)
+    return Pipeline(base, branch, stages, merged, bar, {"bar": graph.evaluate(bar.name, bar)})
+
+
+def _merged(
+    graph: Builder, experts: Mapping[str, Version]
+) -> tuple[Step, Step, Step, dict[str, dict[str, Step]]]:
+    """The base, the branch, published experts merged, and the stages that each went through."""
+    recipe = graph.recipe
     base, branch = graph.start()
     for name, version in experts.items():
         if line_of(branch) not in version.lineage:
@@ -106,10 +145,8 @@ def compose(recipe: Recipe, experts: Mapping[str, Version]) -> Pipeline:
                 "recipe's (base, tiny or seed differ), so it cannot be merged with the others"
             )
     steps = {name: published(recipe, version) for name, version in experts.items()}
-    merged = graph.merge(branch, steps)
-    bar = graph.route(merged)
     stages = {name: _own_stages(recipe, name, version) for name, version in experts.items()}
-    return Pipeline(base, branch, stages, merged, bar, {"bar": graph.evaluate("bar", bar)})
+    return base, branch, graph.merge(branch, steps), stages
 
 
 def as_published(recipe: Recipe, model: Version, experts: Mapping[str, Version]) -> Pipeline:

@@ -19,7 +19,7 @@ import pyarrow.fs
 import pytest
 import torch
 
-from bar_ray import config, pipeline, registry, storage
+from bar_ray import config, pipeline, registry, storage, subset
 from bar_ray.data.mixture import Mixture
 from bar_ray.model.tensors import Checkpoint
 
@@ -193,6 +193,30 @@ def test_an_expert_is_removed_and_comes_back(finished: tuple[str, str]) -> None:
     assert "0 to run" in back and "trained for this: nothing" in back
     assert registry.latest(store, registry.MODEL, registry.MODELS).version == first.version
     assert exported(store) == first.fingerprint and manifests(store) == after
+
+
+def test_a_part_of_the_model_is_served_without_training(finished: tuple[str, str]) -> None:
+    """It equals the model merged from the same artifacts without the expert, but for the router."""
+    store, _ = finished
+    output = run("export", store, "--without", "safety", *TWO_EXPERTS)
+    assert f"vllm serve {storage.join(store, 'subsets', 'code')}" in output
+    folder = storage.fetch(storage.join(store, "subsets", "code"))
+    assert "safety was left out without any training" in Path(folder, "README.md").read_text()
+    recipe = config.load("conf/tiny.yaml", [f"storage={store}", *SHORT, *TWO_EXPERTS])
+    found = subset.work_out(recipe, without=["safety"])
+    model, merged, whole = (
+        Checkpoint(storage.fetch(place))
+        for place in (
+            storage.join(store, "subsets", "code"),
+            found.pipeline.merged.artifact.uri,
+            storage.join(store, found.model.artifact),
+        )
+    )
+    assert model.names == merged.names
+    for name in model.names:
+        is_router = name.endswith("mlp.gate.weight")
+        assert torch.equal(model[name], whole[name][:2] if is_router else merged[name]), name
+    agree(folder)
 
 
 def exported(store: str) -> str:

@@ -37,7 +37,7 @@ LAYERS = (
     ("L5", "report"),
     ("L5", "bench retention claims"),
     ("L5", "export board"),  # the model card of an export shows the report's scores
-    ("L5", "upgrade sweep"),
+    ("L5", "upgrade sweep subset"),
     ("jobs", "jobs"),
 )
 RANK = {unit: rank for rank, (_, line) in enumerate(LAYERS) for unit in line.split()}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from bar_ray.data.batches import MicroBatch
-from bar_ray.merge import merge
+from bar_ray.merge import merge, with_rows
 from bar_ray.model import average, branch, experts, freeze, fused, tensors
 from bar_ray.model.tensors import Checkpoint
 from bar_ray.recipe import ROLES, Learn, Merge
@@ -192,6 +192,25 @@ def test_merging_untouched_branches_gives_the_base_back(
     for name in branched.names:
         if ".experts." not in name and not name.endswith("gate.weight"):
             assert torch.equal(merged[name], branched[name]), name
+
+
+@pytest.mark.parametrize("kept", ["abc", "ac", "b"])
+def test_a_subset_is_the_merge_of_its_experts_with_their_rows_of_the_router(
+    branched: Checkpoint, tmp_path: Path, kept: str
+) -> None:
+    models = {name: trained(branched, tmp_path / name, i) for i, name in enumerate("abc", 1)}
+    merge(branched, models, str(tmp_path / "merged"), Merge())
+    routed = trained(Checkpoint(tmp_path / "merged"), tmp_path / "routed", 9)
+    merge(branched, {n: models[n] for n in kept}, str(tmp_path / "some"), Merge())
+    some, rows = Checkpoint(tmp_path / "some"), [0, *(" abc".index(name) for name in kept)]
+    with_rows(some, routed, rows, str(tmp_path / "subset"))
+    found = Checkpoint(tmp_path / "subset")
+    assert found.names == some.names
+    assert found.config["num_experts"] == found.config["num_experts_per_tok"] == len(rows)
+    for name in found.names:
+        expected = routed[name][rows] if name.endswith("mlp.gate.weight") else some[name]
+        assert torch.equal(found[name], expected), name
+    assert logits(tmp_path / "subset").isfinite().all()
 
 
 def test_merging_untouched_branches_of_one_dense_model_keeps_its_logits(
