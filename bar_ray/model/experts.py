@@ -145,16 +145,22 @@ def load(folder: str | Path, dtype: torch.dtype, top_k: int = 0) -> PreTrainedMo
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     config = AutoConfig.from_pretrained(folder)
     config.num_experts_per_tok = top_k or config.num_experts_per_tok
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for layer in model.model.layers:
-            layer.mlp = SplitMoe(config).to(dtype)
+    model = on_meta(config, dtype)
     rotary = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
     model.to_empty(device="cpu")
     model.model.rotary_emb = rotary
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_stored(checkpoint, name))
+    return model
+
+
+def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A mixture with separate experts, without memory for its weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for layer in model.model.layers:
+            layer.mlp = SplitMoe(config).to(dtype)
     return model
 
 
