@@ -46,6 +46,7 @@ def export(pipeline: Pipeline, recipe: Recipe, scores: Scores, left_out: Sequenc
         output = storage.scratch(storage.staging_folder(recipe.storage))
         try:
             _gather(Path(source), Path(output), text)
+            _write_tasks(pipeline, source, Path(output))
             storage.delete(target)
             manifest = storage.commit(output, target, lineage(pipeline))
         finally:
@@ -78,6 +79,22 @@ def _gather(source: Path, output: Path, text: str) -> None:
         ends = {k: v for k, v in config.items() if re.fullmatch("(bos|eos|pad)_token_id", k)}
         generation.write_text(json.dumps(ends, indent=2, sort_keys=True))
     (output / CARD).write_text(text)
+
+
+def _write_tasks(pipeline: Pipeline, source: str, output: Path) -> None:
+    """What the model was scored on, for others to score it on."""
+    from bar_ray.cluster.run import Run
+    from bar_ray.evaluate import items, tasks
+
+    scored = pipeline.scores["bar"]
+    asked = [
+        item
+        for category in scored.data
+        for item in items.test_items(
+            source, category, Run.locate(scored, category), scored.settings.limit
+        )
+    ]
+    tasks.write(output / tasks.FOLDER, source, asked, scored.settings)
 
 
 def lineage(pipeline: Pipeline) -> dict[str, Any]:

@@ -43,7 +43,7 @@ VERBS: dict[str, tuple[str, int]] = {
     "adapter_router": ("bar_ray.baselines.lora:train_router", 1),
     "routed": ("bar_ray.baselines.lora:evaluate", 1),
     "route": ("bar_ray.stages.start:router", 2),
-    "evaluate": ("bar_ray.evaluate.run:run", 1),
+    "evaluate": ("bar_ray.evaluate.run:run", 2),
 }
 
 

@@ -195,6 +195,33 @@ def test_an_expert_is_removed_and_comes_back(finished: tuple[str, str]) -> None:
     assert exported(store) == first.fingerprint and manifests(store) == after
 
 
+def test_stock_lm_eval_agrees_on_every_item(finished: tuple[str, str], tmp_path: Path) -> None:
+    """The card's command, on Hugging Face's model, against what vLLM answered here."""
+    store, _ = finished
+    scored = built(store, *TWO_EXPERTS).scores["bar"].artifact
+    lines = Path(storage.fetch(scored.uri), "samples.jsonl").read_text().splitlines()
+    ours = {(each["category"], each["id"]): each for each in map(json.loads, lines)}
+    arguments = "run --model hf --model_args pretrained=..,dtype=float32,add_bos_token=False"
+    arguments += " --device cpu --include_path . --tasks bar --log_samples --output_path"
+    subprocess.run(
+        [sys.executable, "-m", "lm_eval", *arguments.split(), str(tmp_path / "results.json")],
+        cwd=Path(storage.fetch(storage.join(store, "model")), "lm_eval"),
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=True,
+        timeout=600,
+    )
+    theirs = {}
+    for file in tmp_path.glob("samples_bar_*.jsonl"):
+        category = file.name.removeprefix("samples_bar_").rpartition("_")[0]
+        for each in map(json.loads, file.read_text().splitlines()):
+            theirs[category, each["doc"]["id"]] = each
+    assert theirs.keys() == ours.keys() and len(ours) == 30
+    assert all(each["score"] == ours[item]["score"] for item, each in theirs.items())
+    said = {item: each["resps"][0][0].strip() for item, each in theirs.items()}
+    other = [item for item, text in said.items() if text != ours[item]["completion"]]
+    assert len(other) <= 1, f"more than a tie between two tokens: {other}"
+
+
 def test_a_part_of_the_model_is_served_without_training(finished: tuple[str, str]) -> None:
     """It equals the model merged from the same artifacts without the expert, but for the router."""
     store, _ = finished

@@ -109,7 +109,13 @@ def test_configuring_and_planning_import_neither_torch_nor_ray() -> None:
 
 def test_processes_that_only_direct_others_are_quick_to_start() -> None:
     """The driver, most steps and the sampler: torch and transformers take seconds to import."""
-    directing = ("cluster.run", "cluster.session", "rollout.sampler", "evaluate.run")
+    directing = (
+        "cluster.run",
+        "cluster.session",
+        "rollout.sampler",
+        "evaluate.run",
+        "evaluate.items",
+    )
     directing += ("stages.start", "stages.rlvr", "cluster.process_group")
     assert heavy_after_importing(*(f"bar_ray.{name}" for name in directing)) == {"ray"}
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 
 from bar_ray.data import chat, formats
-from bar_ray.evaluate.run import score, test_items, write
+from bar_ray.evaluate.items import test_items
+from bar_ray.evaluate.run import score, write
 from bar_ray.graph import inputs_of
 from bar_ray.model import tensors
 from bar_ray.model.tensors import Checkpoint

@@ -55,6 +55,16 @@ def prompt(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> list[in
     return list(encoded["input_ids"])
 
 
+def prompt_text(tokenizer: "PreTrainedTokenizerBase", row: dict[str, Any]) -> str:
+    """The same as text: encoded without special tokens added it gives these ids."""
+    return tokenizer.apply_chat_template(
+        row["messages"],
+        tools=row.get("tools") or None,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+
+
 def plain_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list, list]:
     """Token ids of raw text closed by the end-of-text token; every token counts in the loss."""
     ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
@@ -70,6 +80,11 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     # Some templates count the token that closes a turn to the turn, others do not.
     return sorted({tokenizer.eos_token_id, *(added & {*ids[last : last + 2]})})
+
+
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What no answer holds: every special token, and what ends a turn."""
+    return sorted({*tokenizer.all_special_ids, *stop_ids(tokenizer)})
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

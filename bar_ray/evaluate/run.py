@@ -15,11 +15,11 @@ from typing import Any
 import ray
 
 from bar_ray import rewards
-from bar_ray.data import chat, formats
+from bar_ray.evaluate import intervals
+from bar_ray.evaluate.items import require_positions, test_items
 from bar_ray.graph import Step
 from bar_ray.recipe import Evaluate
 from bar_ray.rollout.batch import BatchEngine
-from bar_ray.rollout.records import check
 from bar_ray.types import UserError, Verdict
 
 BATCH_PROMPTS = 256
@@ -65,7 +65,7 @@ def _test(step: Step, run: Any) -> Test:
         for category in step.data
         for item in test_items(folder, category, run.locate(step, category), settings.limit)
     ]
-    _require_positions(folder, items, settings)
+    require_positions(folder, items, settings)
     beside = [Path(folder, name) for name in NOT_WEIGHTS if Path(folder, name).exists()]
     return Test(step, "\n".join(path.read_text() for path in beside), items)
 
@@ -99,37 +99,6 @@ def write(scores: dict[str, Any], samples: Sequence[dict], step: Step, run: Any)
         Path(output, "samples.jsonl").write_text("".join(lines))
 
 
-def _require_positions(folder: str, items: list[dict], settings: Evaluate) -> None:
-    """Refuse tests that the model has no positions for, before an engine is started."""
-    there = json.loads(Path(folder, "config.json").read_text()).get("max_position_embeddings")
-    longest = max(len(item["prompt"]) for item in items)
-    if there and longest + settings.max_tokens > there:
-        raise UserError(
-            f"evaluate.max_tokens is {settings.max_tokens} and the longest prompt has {longest} "
-            f"tokens, but the model has positions for {there}: lower evaluate.max_tokens"
-        )
-
-
-def test_items(folder: str, category: str, uri: str, limit: int) -> list[dict[str, Any]]:
-    """The prompts of one category as tokens, with how to grade them."""
-    tokenizer = chat.load_tokenizer(folder)
-    items = []
-    for number, row in enumerate(formats.read_rows(uri, "prompts")):
-        if limit and number == limit:
-            break
-        check(row, uri, number)
-        items.append(
-            {
-                **{"category": category, "id": str(row.get("id", number))},
-                **{"verifier": row["verifier"], "ground_truth": row.get("ground_truth")},
-                "prompt": chat.prompt(tokenizer, row),
-            }
-        )
-    if not items:
-        raise UserError(f"{uri} has no test items for {category}")
-    return items
-
-
 def generate(
     tests: Sequence[Test], settings: Evaluate
 ) -> Iterator[tuple[Test, list[dict[str, Any]]]]:
@@ -159,15 +128,19 @@ def generate(
 
 
 def score(items: list[dict], verdicts: list[Verdict]) -> dict[str, Any]:
-    """Percent by category, their unweighted mean as `overall`, and outcomes by category."""
+    """Percent by category, their unweighted mean as `overall`, intervals, outcomes by category."""
     by_category: dict[str, list[Verdict]] = defaultdict(list)
     for item, verdict in zip(items, verdicts, strict=True):
         by_category[item["category"]].append(verdict)
-    scores = {c: 100 * sum(v.score for v in vs) / len(vs) for c, vs in by_category.items()}
+    means = {c: (sum(v.score for v in vs) / len(vs), len(vs)) for c, vs in by_category.items()}
+    scores = {c: 100 * mean for c, (mean, _) in means.items()}
     scores["overall"] = sum(scores.values()) / len(scores)
+    bounds = {c: intervals.wilson(*each) for c, each in means.items()}
+    bounds["overall"] = intervals.of_mean(list(means.values()))
     outcomes = {c: dict(Counter(v.outcome for v in vs)) for c, vs in by_category.items()}
     return {
         "scores": scores,
+        "intervals": bounds,
         "outcomes": outcomes,
         "items": {c: len(v) for c, v in by_category.items()},
     }

@@ -36,11 +36,12 @@ class BatchEngine:
         from vllm import LLM, SamplingParams
 
         self.tokenizer, self.shm_dir = chat.load_tokenizer(folder), options.shm_dir
+        self.ends = chat.special_ids(self.tokenizer)
         self.llm = LLM(**engine_arguments(folder, options))
         self.params = SamplingParams(
             temperature=temperature,
             max_tokens=max_tokens,
-            stop_token_ids=chat.stop_ids(self.tokenizer),
+            stop_token_ids=self.ends,
             detokenize=False,
         )
 
@@ -52,7 +53,8 @@ class BatchEngine:
             prompts = [{"prompt_token_ids": [int(t) for t in ids]} for _, ids in same]
             outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
             tokens += [list(output.outputs[0].token_ids) for output in outputs]
-        text = [chat.completion_text(self.tokenizer, ids) for ids in tokens]
+        said = [[token for token in ids if token not in self.ends] for ids in tokens]
+        text = [chat.completion_text(self.tokenizer, ids) for ids in said]
         kept = {name: batch[name] for name in ("test", "place")}
         return {**kept, "text": text, "tokens": [len(ids) for ids in tokens]}
 
