@@ -238,7 +238,7 @@ def test_missing_pieces_do_not_break_the_page(tmp_path: Path) -> None:
     assert "no measured router load" in text and "No training metrics were found" in text
     for step in graph.scores.values():
         storage.delete(step.artifact.uri)
-    assert report.write(graph, recipe, "20260104-000000-dddd") == {"models": {}}
+    assert report.write(graph, recipe, "20260104-000000-dddd") == {"models": {}, "intervals": {}}
     assert "Nothing has been scored yet" in text_of(checked_page(recipe))
     assert report.table({"models": {}}) and report.markdown({"models": {}})
 
@@ -288,6 +288,9 @@ def test_the_table_as_text() -> None:
     ]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "*80.0" in lines[5] and "90%" in lines[-2] and "+62.0" in lines[-3]
+    bounds = {"bar": {"math": (50.1, 64.0), "overall": (70.25, 80.0)}}
+    known = report.table({"models": shuffled, "intervals": bounds}).splitlines()
+    assert known == [*lines, "bar, 95 % over test items: math 50.1 to 64.0, overall 70.2 to 80.0"]
     rows = report.markdown({"models": shuffled}).splitlines()
     assert rows[0] == "| model | general | math | safety | overall |"
     assert "| math rlvr | 87.0 | **80.0** | 22.0 | 50.0 |" in rows

@@ -37,13 +37,20 @@ def read_from_artifact(artifact: Artifact, file: str) -> Any:
     return json.loads(raw)
 
 
-def collect(evaluations: Mapping[str, Step]) -> dict[str, dict[str, dict[str, float]]]:
-    """`{"models": {name: {category: score, "overall": score}}}` of every model scored so far."""
+def collect(evaluations: Mapping[str, Step]) -> dict[str, dict[str, dict[str, Any]]]:
+    """`{"models": {name: {category: score, "overall": score}}}` of every model scored so far.
+
+    `intervals` are their 95 % intervals over test items, likewise.
+    """
     found = {
         name: read_from_artifact(step.artifact, "scores.json") for name, step in evaluations.items()
     }
     models = {name: content["scores"] for name, content in found.items() if content}
-    return {"models": {name: models[name] for name in ordered(models)}}
+    bounds = {name: content.get("intervals", {}) for name, content in found.items() if content}
+    return {
+        kind: {n: each[n] for n in ordered(models)}
+        for kind, each in {"models": models, "intervals": bounds}.items()
+    }
 
 
 def ordered(models: Models) -> list[str]:
@@ -96,6 +103,14 @@ def mean(values: Mapping[str, float]) -> float | None:
     return sum(values.values()) / len(values) if values else None
 
 
+def noise(scores: Mapping[str, Mapping]) -> str:
+    """The last model's 95 % intervals, in words; empty where none were recorded."""
+    name = next(reversed(ordered(scores["models"])), "")
+    bounds = scores.get("intervals", {}).get(name, {})
+    shown = ", ".join(f"{c} {low:.1f} to {high:.1f}" for c, (low, high) in bounds.items())
+    return f"{name}, 95 % over test items: {shown}" if shown else ""
+
+
 # ---- as text
 
 
@@ -127,12 +142,13 @@ def table(scores: Mapping[str, Models]) -> str:
     derived = sum(row[0] in ("bar - base", "bar / expert") for row in rows)
     body = lines[1 : len(lines) - derived]
     tail = [rule, *lines[len(lines) - derived :]] if derived else []
-    note = ["percent right; * is the expert's own category"]
-    return "\n".join([lines[0], rule, *body, *tail, *note])
+    note = ["percent right; * is the expert's own category", noise(scores)]
+    return "\n".join([lines[0], rule, *body, *tail, *filter(None, note)])
 
 
 def markdown(scores: Mapping[str, Models]) -> str:
     """The score table for a README or a model card, each expert's own category in bold."""
     header, *rows = ([c.replace("|", r"\|") for c in r] for r in _cells(scores["models"], "**{}**"))
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join(filter(None, [rows, noise(scores)]))
