@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from bar_ray import storage
 from bar_ray.graph import Step
-from bar_ray.recipe import STAGES, Dataset, Expert, Recipe, Stage
+from bar_ray.recipe import STAGES, Dataset, Decontaminate, Expert, Recipe, Stage
 
 
 class Builder:
@@ -99,9 +99,13 @@ class Builder:
     def dataset(
         self, name: str, kind: str, trained_on: bool = True
     ) -> tuple[tuple[str, str], dict[str, Step]]:
-        """The rows of a dataset, as they are or prepared, and the steps that make them."""
-        dataset = self.recipe.datasets[name]
         against = self.recipe.decontaminate if trained_on else None
+        return self.rows(name, self.recipe.datasets[name], kind, against)
+
+    def rows(
+        self, name: str, dataset: Dataset, kind: str, against: Decontaminate | None = None
+    ) -> tuple[tuple[str, str], dict[str, Step]]:
+        """The rows of a dataset, as they are or prepared, and the steps that make them."""
         rows, world = self.located(dataset.uri)
         if dataset.is_plain and against is None:
             return rows, world
@@ -118,7 +122,8 @@ class Builder:
     def tests(self, categories: Iterable[str]) -> tuple[dict, dict]:
         data, inputs = {}, {}
         for name in categories:
-            data[name], made = self.located(self.recipe.evaluate.categories[name])
+            dataset = self.recipe.evaluate.categories[name]
+            data[name], made = self.rows(f"test-{name}", dataset, "prompts")
             inputs |= made
         return data, inputs
 

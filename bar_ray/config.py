@@ -50,7 +50,10 @@ def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: `extends` comes back to itself")
     raw = _read_yaml(path)
     raw["experts"] = _include_experts(raw.get("experts") or {}, path)
-    raw["datasets"] = _named_uris(raw.get("datasets") or {})
+    raw["datasets"] = _named_uris("datasets", raw.get("datasets") or {})
+    if isinstance(raw.get("evaluate"), dict) and raw["evaluate"].get("categories"):
+        named = _named_uris("evaluate.categories", raw["evaluate"]["categories"])
+        raw["evaluate"] = {**raw["evaluate"], "categories": named}
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
@@ -81,10 +84,10 @@ def _include_experts(experts: Any, path: Path) -> dict[str, Any]:
     }
 
 
-def _named_uris(datasets: Any) -> dict[str, Any]:
+def _named_uris(key: str, datasets: Any) -> dict[str, Any]:
     """A dataset given as a string is its URI."""
     if not isinstance(datasets, dict):
-        raise UserError(f"datasets: must be names with their URIs, not {datasets!r:.60}")
+        raise UserError(f"{key}: must be names with their URIs, not {datasets!r:.60}")
     return {
         name: {"uri": dataset} if isinstance(dataset, str) else dataset
         for name, dataset in datasets.items()
@@ -95,7 +98,7 @@ def _dotlist(overrides: Sequence[str]) -> Any:
     for item in overrides:
         if "=" not in item:
             raise UserError(f"'{item}' is not an override: write key=value, such as seed=1")
-    uri = r"^(datasets\.[^.=]+)=(?!\{)"
+    uri = r"^((?:datasets|evaluate\.categories)\.[^.=]+)=(?!\{)"
     return OmegaConf.from_dotlist([re.sub(uri, r"\1.uri=", item) for item in overrides])
 
 

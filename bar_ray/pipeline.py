@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from bar_ray import validate
 from bar_ray.builder import Builder
 from bar_ray.graph import Step
-from bar_ray.recipe import Dataset, Recipe
+from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
 
 
@@ -89,10 +89,10 @@ def data_checks(recipe: Recipe, names: Sequence[str] = (), kind: str = "") -> li
         if not kind or each == kind
     ]
     if not names and kind in ("", "prompts"):
-        tests = {name: Dataset(uri) for name, uri in recipe.evaluate.categories.items()}
         longest = max(found.values())
         steps += [
-            graph.check(f"test-{n}", d, "prompts", longest, tokenizer) for n, d in tests.items()
+            graph.check(f"test-{name}", dataset, "prompts", longest, tokenizer)
+            for name, dataset in recipe.evaluate.categories.items()
         ]
     return steps
 

@@ -304,7 +304,9 @@ class Baselines:
 class Evaluate:
     """Held-out tests, by category."""
 
-    categories: dict[str, str] = how(dict, "category -> JSONL of prompts with verifiers")
+    categories: dict[str, Dataset] = how(
+        dict, "category -> prompts with verifiers, as in `datasets`"
+    )
     limit: int = what(0, "items per category; 0 is all")
     max_tokens: int = what(4096, "longest completion, tokens")
     temperature: float = what(0.0, "0 is greedy")

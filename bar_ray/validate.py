@@ -63,6 +63,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield "experts: at least one expert is needed"
     for name, dataset in recipe.datasets.items():
         yield from _dataset_problems(f"datasets.{name}", dataset, recipe)
+    for name, dataset in recipe.evaluate.categories.items():
+        yield from _dataset_problems(f"evaluate.categories.{name}", dataset, recipe)
     if recipe.decontaminate is not None:
         yield from _decontaminate_problems(recipe.decontaminate, recipe)
     if recipe.tiny is None and not recipe.base.post_trained:

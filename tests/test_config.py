@@ -44,6 +44,17 @@ def test_an_override_can_add_a_stage(recipe_file: str) -> None:
     assert recipe.experts["safety"].rlvr.data == {"tasks": 1.0}
 
 
+def test_a_category_is_read_like_a_dataset(recipe_file: str) -> None:
+    plain = config.load(recipe_file, ["evaluate.categories.general=tiny:e.jsonl"])
+    assert plain.evaluate.categories["general"].uri == "tiny:e.jsonl"
+    columns = "evaluate.categories.general={uri: 'tiny:e.jsonl', columns: {ground_truth: answer}}"
+    score = pipeline.build(config.load(recipe_file, [columns])).scores["bar"]
+    [prepared] = [step for step in score.inputs.values() if step.verb == "prepare"]
+    assert prepared.name == "test-general" and prepared.settings["kind"] == "prompts"
+    with pytest.raises(UserError, match=r"evaluate\.categories\.general\.faulty"):
+        config.load(recipe_file, ["evaluate.categories.general.faulty=ignore"])
+
+
 def test_an_override_can_leave_an_expert_out(recipe_file: str) -> None:
     assert list(config.load(recipe_file, ["experts.safety=null"]).experts) == ["math"]
 

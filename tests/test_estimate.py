@@ -34,7 +34,8 @@ def store(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(OLMO2_7B))
     recipe = config.load("conf/olmo2_7b.yaml", [f"storage={tmp_path}"])
-    uris = [d.uri for d in recipe.datasets.values()] + [*recipe.evaluate.categories.values()]
+    given = (*recipe.datasets.values(), *recipe.evaluate.categories.values())
+    uris = [dataset.uri for dataset in given]
     for uri in uris:
         file = Path(uri, "a.jsonl") if uri.endswith("/") else Path(uri)
         file.parent.mkdir(parents=True, exist_ok=True)
