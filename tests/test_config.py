@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bar_ray import cli, config, pipeline
+from bar_ray import cli, config, pipeline, versions
 from bar_ray.recipe import Sft, Stage, meaning
 from bar_ray.types import UserError
 
@@ -64,7 +64,7 @@ def test_an_expert_left_out_takes_its_sources_from_the_router() -> None:
     kept = config.load("conf/tiny.yaml", ["experts.safety=null", "experts.math=null"])
     assert [*kept.router.data] == ["general_sft", "code_careful", "tool_use_sft"]
     whole = config.load("conf/tiny.yaml")
-    removed = pipeline.with_experts(whole, {n: whole.experts[n] for n in ("code", "tool_use")})
+    removed = versions.with_experts(whole, {n: whole.experts[n] for n in ("code", "tool_use")})
     assert removed.router == kept.router
 
 
