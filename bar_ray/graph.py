@@ -26,7 +26,7 @@ VERBS: dict[str, tuple[str, int]] = {
     "check": ("bar_ray.check:run", 1),
     "prepare": ("bar_ray.data.prepare:run", 1),
     "tokenise": ("bar_ray.data.tokenise:run", 1),
-    "sample": ("bar_ray.data.sample:run", 2),
+    "sample": ("bar_ray.data.sample:run", 3),
     "train": ("bar_ray.stages.start:language_model", 2),
     "midtrain": ("bar_ray.stages.start:language_model", 2),
     "sft": ("bar_ray.stages.start:language_model", 2),
