@@ -92,6 +92,7 @@ def test_every_fault_is_named_by_file_row_and_field(
     assert reports["text"].rows == 3 * sum(kind == "text" for _, kind, *_ in FAULTS.values())
 
     report = reports["good"]
+    assert not report.faults
     assert (report.rows, report.num_faults, report.duplicates, report.too_long) == (11, 0, 1, 0)
     assert 0 < report.learned < report.tokens and report.longest > 20
     assert len(report.samples) == 3
@@ -177,8 +178,8 @@ def test_data_of_another_shape_is_prepared(broken: Path, tmp_path: Path) -> None
     folder = storage.join(inputs[place].artifact.uri, path)
     rows = list(formats.read_rows(folder, "prompts"))
     assert [row["id"] for row in rows] == [n for n in range(14) if n not in (3, 5)]
-    assert rows[4]["ground_truth"] == 8 and rows[4]["verifier"] == "math"
-    assert rows[4]["messages"] == [{"role": "user", "content": "4+4?"}]
+    assert rows[3]["ground_truth"] == 8 and rows[3]["verifier"] == "math"
+    assert rows[3]["messages"] == [{"role": "user", "content": "4+4?"}]
 
 
 VERIFIED: dict[str, Any] = {"verifier": "math", "ground_truth": "51"}

@@ -1,15 +1,18 @@
 """Which steps of a plan are run together, and how workers go through them."""
 
 import io
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from bar_ray import storage
+from bar_ray.cluster import run as runs
 from bar_ray.cluster.pace import Pace
-from bar_ray.cluster.run import Executor
+from bar_ray.cluster.run import Executor, reason_of
 from bar_ray.graph import Step, key
 from bar_ray.log import some
 from bar_ray.recipe import Evaluate, Run, Stage
@@ -144,3 +147,26 @@ def test_many_names_are_told_by_the_first() -> None:
     assert some(["a"]) == "a"
     assert some(["a", "b", "c"]) == "a, b, c"
     assert some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+
+
+def test_a_failure_of_workers_says_what_failed() -> None:
+    try:
+        raise TypeError("got multiple values")
+    except TypeError as error:
+        told = f"Training failed:\n[Rank 0 Error Snippet]:\n{traceback.format_exc()}"
+        failure = WorkerGroupError(told, {0: error})
+    assert reason_of(failure) == "WorkerGroupError: TypeError: got multiple values"
+
+
+def test_a_transcript_may_tell_of_a_step(tmp_path: Path) -> None:
+    """The step that runs, and the number of an optimizer step, are both called `step`."""
+    written: list[dict[str, Any]] = []
+
+    class Journal:
+        class transcript:
+            remote = staticmethod(lambda **fields: written.append(fields))
+
+    step = Step("rlvr", "math", {}, storage_uri=str(tmp_path))
+    runs.Run("r1", None, Journal, "").transcript(step, step=3, prompt="1+1?")
+    [told] = written
+    assert told["step"] == 3 and told["name"] == "math" and told["prompt"] == "1+1?"

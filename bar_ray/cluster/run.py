@@ -99,7 +99,7 @@ class Run:
         who |= {"arm": step.arm} if step.arm else {}
         self.journal.event.remote(event, **who, **fields)
 
-    def transcript(self, step: Step, **fields: Any) -> None:
+    def transcript(self, step: Step, /, **fields: Any) -> None:  # a field may be named `step`
         who = {"verb": step.verb, "name": step.name, "fingerprint": step.fingerprint}
         self.journal.transcript.remote(**who, **fields)
 
@@ -355,4 +355,5 @@ def reason_of(error: BaseException) -> str:
         error = cause
     lines = str(error).strip().splitlines() or [""]
     # Ray's own errors end with what went wrong, others begin with it.
-    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0]}"
+    of_ray = type(error).__module__.startswith("ray.")
+    return f"{type(error).__name__}: {lines[-1 if of_ray else 0]}"

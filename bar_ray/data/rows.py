@@ -58,7 +58,7 @@ def normalised(row: Any, kind: str) -> Any:
     if not isinstance(row, dict) or kind == "text":
         return row
     found = dict(row)
-    if "messages" not in found and "prompt" in found:
+    if "messages" not in found and found.get("prompt") is not None:
         found["messages"] = _turns(found.pop("prompt"), "user")
         if kind == "messages":
             found["messages"] += _turns(found.pop("completion", None), "assistant")
