@@ -12,6 +12,7 @@ from typing import Any
 
 from bar_ray.recipe import Learn, Run
 
+EIGHT_BIT_BLOCK = 256  # moments of one scale
 FLASH_BACKWARD = 2.5
 
 
@@ -194,24 +195,34 @@ class Shape:
         return found
 
     def memory(
-        self, learn: Learn, run: Run, seq_len: int, dtype: str, workers: int | None = None
+        self,
+        learn: Learn,
+        run: Run,
+        seq_len: int,
+        dtype: str,
+        workers: int | None = None,
+        optimizer: str = "adamw",
     ) -> Memory:
         """Of each worker in a training step with the kernels, as DeepSpeed holds things.
 
-        Adam keeps two moments in fp32, beside fp32 copies of bfloat16 weights that learn. ZeRO 1
-        parts the optimizer's state among workers, 2 the gradients too, 3 the weights too.
+        Adam keeps two moments in fp32, beside fp32 copies of bfloat16 weights that learn; in 8 bits
+        a byte for each and a scale per 256, and no copy. ZeRO 1 parts the optimizer's state among
+        workers, 2 the gradients too, 3 the weights too.
         """
         sizes, workers = self.weights(), workers or run.num_workers
         learning = sum(n for role, n in sizes.items() if getattr(learn, role) > 0)
         size = 2 if dtype == "bfloat16" else 4
         stage = run.zero_stage if size == 4 else max(1, run.zero_stage)
+        each_learning = 12.0 if size == 2 else 8.0
+        if optimizer == "adamw_8bit":
+            stage, each_learning = 0, 2 * (1 + 4 / EIGHT_BIT_BLOCK)
         parts = [workers if stage >= at else 1 for at in (3, 2, 1)]
         tokens = run.micro_batch * seq_len
         each = self.activations(learn, run.activation_checkpointing)
         return Memory(
             weights=size * sum(sizes.values()) / parts[0],
             gradients=size * learning / parts[1],
-            optimizer=(8 if size == 4 else 12) * learning / parts[2],
+            optimizer=each_learning * learning / parts[2],
             activations=size * tokens * each,
         )
 

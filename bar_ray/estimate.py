@@ -104,8 +104,9 @@ def _yaml(path: str) -> dict[str, Any]:
 
 def serving(types: Sequence[NodeType], gpus: float, resources: Mapping[str, float]) -> Any:
     """The first node type that a worker of this demand may run on, or None."""
+    wanted = {name for name, amount in resources.items() if amount}
     for each in types:
-        if gpus and gpus <= each.count and all(name in each.resources for name in resources):
+        if gpus and gpus <= each.count and wanted <= each.resources.keys():
             return each
     return None
 
@@ -144,7 +145,7 @@ class Estimator:
         tokens = float(rows * length)
         per_token = shape.flops(stage.learn, length)
         flops = tokens * per_token.total
-        memory = shape.memory(stage.learn, run, stage.seq_len, stage.dtype).total / GIB
+        memory = self._gib(stage, run, shape)
         node = serving(self.types, run.gpus_per_worker, run.resources)
         if node is None:
             problem = self._nowhere(run.gpus_per_worker, run.resources)
@@ -168,7 +169,8 @@ class Estimator:
     def _nowhere(self, gpus: float, resources: Mapping[str, float]) -> str:
         if not self.types or not gpus:
             return ""
-        wanted = " and ".join([f"{gpus:g} GPU{'s' * (gpus != 1)}", *resources])
+        asked = [name for name, amount in resources.items() if amount]
+        wanted = " and ".join([f"{gpus:g} GPU{'s' * (gpus != 1)}", *asked])
         there = ", ".join(each.instance for each in self.types)
         return f"no machine of {self.recipe.plan.cluster} ({there}) offers {wanted}"
 
@@ -184,7 +186,8 @@ class Estimator:
         return f"does not fit {node.instance}: {needed}; take a node type with more memory"
 
     def _gib(self, stage: Stage, run: Run, shape: Shape) -> float:
-        return shape.memory(stage.learn, run, stage.seq_len, stage.dtype).total / GIB
+        settings = stage.learn, run, stage.seq_len, stage.dtype
+        return shape.memory(*settings, optimizer=stage.optimizer).total / GIB
 
     def _with_rollouts(self, found: Estimate, stage: Rlvr, shape: Shape) -> Estimate:
         """With the engines' hours; a synchronous stage waits for each side in turn."""
@@ -193,12 +196,12 @@ class Estimator:
         if node is None:
             problem = self._nowhere(rollout.gpus_per_engine, rollout.resources)
             return replace(found, problem="; ".join(filter(None, (found.problem, problem))))
-        there = USABLE * node.accelerator.memory_gib * rollout.tensor_parallel
+        there = USABLE * node.accelerator.memory_gib * rollout.gpus
         rate = decode_rate(shape, node, stage, self._length(stage))
         if not rate:
             weights = 2 * sum(shape.weights().values()) / GIB
             problem = (
-                f"an engine of {rollout.tensor_parallel} x {node.accelerator.name} has "
+                f"an engine of {rollout.gpus:g} x {node.accelerator.name} has "
                 f"{there:.0f} GiB for {weights:.0f} GiB of weights and the KV cache of one answer; "
                 "raise rollout.tensor_parallel"
             )
@@ -254,7 +257,7 @@ def decode_rate(shape: Shape, node: NodeType, stage: Rlvr, length: int) -> float
     parallel, accelerator = stage.rollout.tensor_parallel, node.accelerator
     weights = 2.0 * sum(shape.weights().values())
     one = shape.kv_cache(length) / 2
-    free = USABLE * accelerator.memory_gib * GIB * parallel - weights
+    free = USABLE * accelerator.memory_gib * GIB * stage.rollout.gpus - weights
     sequences = min(stage.rollout.max_num_seqs, int(free / one))
     if sequences < 1:
         return 0.0

@@ -119,6 +119,9 @@ class Stage:
     batch_size: int = what(64, "packed rows in a global batch, whatever the number of workers")
     seq_len: int = what(4096, "tokens in a packed row")
     dtype: str = what("bfloat16", "weights and activations in training: bfloat16 or float32")
+    optimizer: str = what(
+        "adamw", "adamw, or adamw_8bit: less than half the memory, on one GPU (needs torchao)"
+    )
     lr: float = what(1e-4, "peak learning rate")
     schedule: str = what("linear", "learning-rate schedule: constant, linear (to 0) or cosine")
     warmup: float = what(0.03, "share of the steps with a rising learning rate")
@@ -180,6 +183,11 @@ class Rollout:
     @property
     def fewest_engines(self) -> int:
         return self.min_engines or self.num_engines
+
+    @property
+    def gpus(self) -> float:
+        """What one engine may fill, in GPUs: a part of one beside others on it."""
+        return self.tensor_parallel * min(1.0, self.gpus_per_engine or 1.0)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,13 @@ def _stage_problems(key: str, stage: Stage, recipe: Recipe, roles: Sequence[str]
         yield f"{key}.warmup is {stage.warmup}; it is a share of the steps, between 0 and 1"
     yield from _choice(f"{key}.schedule", stage.schedule, SCHEDULES)
     yield from _choice(f"{key}.dtype", stage.dtype, ("bfloat16", "float32"))
+    yield from _choice(f"{key}.optimizer", stage.optimizer, ("adamw", "adamw_8bit"))
+    if stage.optimizer == "adamw_8bit":
+        needed = {"dtype": "bfloat16", "run.num_workers": 1, "run.zero_stage": 0}
+        there = (stage.dtype, stage.run.num_workers, stage.run.zero_stage)
+        for (name, value), found in zip(needed.items(), there, strict=True):
+            if found != value:
+                yield f"{key}.{name} is {found}; with optimizer adamw_8bit it must be {value}"
     yield from _choice(f"{key}.run.kernels", stage.run.kernels, ("auto", "reference"))
     yield from _learn_problems(key, stage.learn, roles)
     if stage.run.num_workers > stage.batch_size > 0:
@@ -193,10 +200,12 @@ def _rlvr_problems(key: str, rlvr: Rlvr, recipe: Recipe) -> Iterator[str]:
             f"{key}.rollout.max_tokens is {rollout.max_tokens}; with a prompt it must fit into "
             f"{key}.seq_len {rlvr.seq_len}"
         )
-    if rollout.gpus_per_engine not in (0, rollout.tensor_parallel):
+    is_part = rollout.tensor_parallel == 1 and 0 < rollout.gpus_per_engine < 1
+    if not is_part and rollout.gpus_per_engine not in (0, rollout.tensor_parallel):
         yield (
             f"{key}.rollout.gpus_per_engine is {rollout.gpus_per_engine:g}; an engine takes as "
-            f"many GPUs as {key}.rollout.tensor_parallel says: {rollout.tensor_parallel}"
+            f"many GPUs as {key}.rollout.tensor_parallel says: {rollout.tensor_parallel}, or a "
+            "part of one"
         )
     if rlvr.rollout.top_p != 1:
         yield (

@@ -128,6 +128,8 @@ def test_experts_may_live_in_files_of_their_own(recipe_file: str, tmp_path: Path
         ("experts.math.sft.run.checkpoint_every=0", "checkpoint_every is 0"),
         ("experts.math.rlvr.rollout.max_tokens=9999", "must fit into"),
         ("experts.math.rlvr.rollout.gpus_per_engine=2", "tensor_parallel says: 1"),
+        ("router.optimizer=adam", "adamw_8bit"),
+        ("router={optimizer: adamw_8bit, run: {zero_stage: 1}}", "zero_stage is 1; with optimizer"),
         ("router.lr=0", "router.lr is 0"),
         ("evaluate.stages=[sft,rvlr]", "did you mean 'rlvr'?"),
         ("router.warmup=9", "between 0 and 1"),

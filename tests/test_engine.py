@@ -3,13 +3,16 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bar_ray.cost import Shape
 from bar_ray.data.batches import MicroBatch
 from bar_ray.model import freeze, fused, tensors
 from bar_ray.recipe import ROLES, Learn, Run, Stage
+from bar_ray.train.eight_bit import parts_of
 from bar_ray.train.engine import Engine
 from bar_ray.train.loss import language_model_loss
 
@@ -25,10 +28,14 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def engine(
-    folder: Path, learn: Learn, zero_stage: int = 0, dtype: torch.dtype = torch.float32
+    folder: Path,
+    learn: Learn,
+    zero_stage: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> Engine:
     run = Run(zero_stage=zero_stage, micro_batch=2)
-    stage = Stage(lr=0.05, schedule="linear", grad_clip=1.0, learn=learn, run=run)
+    stage = Stage(**{"lr": 0.05, **settings}, schedule="linear", learn=learn, run=run)
     return Engine(fused.load(folder, dtype), stage, num_steps=8)
 
 
@@ -123,6 +130,79 @@ def test_checkpoint_holds_only_what_learns(small_moe: Path, tmp_path: Path) -> N
 
     assert set(load_file(tmp_path / "weights.safetensors")) == names
     assert {tensors.role_of(name) for name in names} == {"expert"}
+
+
+# --- 8-bit states ---------------------------------------------------------------------------------
+
+ALL = Learn(**dict.fromkeys(ROLES, 1.0))
+
+
+def eight_bit(folder: Path, learn: Learn = ALL, **settings: Any) -> Engine:
+    settings = {"lr": 0.01, "optimizer": "adamw_8bit", **settings}
+    return engine(folder, learn, dtype=torch.bfloat16, **settings)
+
+
+def test_eight_bit_states_learn_as_fp32_ones_do(larger_moe: Path) -> None:
+    """The same schedule with exact moments and weights: the losses follow each other."""
+    exact, small = engine(larger_moe, ALL, lr=0.01), eight_bit(larger_moe)
+    expected = [train(exact, range(1))[0] for _ in range(8)]
+    losses = [train(small, range(1))[0] for _ in range(8)]
+    assert expected[-1] < 0.6 * expected[0]
+    assert losses == pytest.approx(expected, rel=0.1)
+
+
+def test_small_updates_are_not_lost(larger_moe: Path) -> None:
+    """Steps of a 30th of a bf16 digit would all round to nothing; at random, their sum is kept."""
+    run = eight_bit(larger_moe, Learn(lm_head=1.0), lr=1e-4)
+    [weight] = freeze.trainable(run.model).values()
+    with torch.no_grad():
+        weight.fill_(1.0)  # the next number below is 1 - 2^-8
+    gradient = torch.ones_like(weight)
+    for _ in range(4):  # under Adam each moves a weight by the learning rate
+        weight.grad = gradient.clone()
+        run.optim_step()
+    rates = [1e-4 * (1 - step / 8) for step in range(4)]
+    moved = 1.0 - weight.float().mean().item()
+    assert moved == pytest.approx(sum(rates), rel=0.25)
+    assert {*weight.float().unique().tolist()} <= {1.0, 1 - 2**-8, 1 - 2**-7}
+
+
+def test_eight_bit_states_continue_bitwise(larger_moe: Path, tmp_path: Path) -> None:
+    straight = eight_bit(larger_moe)
+    losses = train(straight, range(6))
+    first = eight_bit(larger_moe)
+    assert train(first, range(3)) == losses[:3]
+    first.save(tmp_path, {"cursor": 3})
+    second = eight_bit(larger_moe)
+    assert second.load(tmp_path) == {"cursor": 3, "step": 3}
+    assert train(second, range(3, 6)) == losses[3:]
+    for name, value in state(straight).items():
+        assert torch.equal(value, state(second)[name]), name
+
+
+def test_a_checkpoint_before_the_first_update(larger_moe: Path, tmp_path: Path) -> None:
+    first = eight_bit(larger_moe)
+    first.skip_step()
+    first.save(tmp_path, {})
+    second = eight_bit(larger_moe)
+    assert second.load(tmp_path) == {"step": 1}
+    first.skip_step(), second.skip_step()
+    assert train(second, range(2)) == train(first, range(2))
+
+
+def test_eight_bit_states_take_what_the_plan_says(larger_moe: Path) -> None:
+    run = eight_bit(larger_moe, Learn(expert=1.0))
+    train(run, range(1))
+    held = 0
+    for weight in freeze.trainable(run.model).values():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            held += sum(
+                part.numel() * part.element_size()
+                for part in parts_of(run.optimizer.state[weight][moment]).values()
+            )
+    shape = Shape.of(run.model.config.to_dict())
+    known = shape.memory(run.stage.learn, run.stage.run, 12, "bfloat16", optimizer="adamw_8bit")
+    assert held == known.optimizer
 
 
 # --- another number of workers -------------------------------------------------------------------

@@ -149,3 +149,25 @@ def test_without_steps_or_machines_less_is_told(store: Path) -> None:
         estimate.node_types(Planning(cluster="nothing.yaml"))
     google = estimate.node_types(Planning(cluster="conf/clusters/gcp.yaml"))
     assert {each.instance for each in google} == {"a2-highgpu-8g", "g2-standard-48"}
+
+
+def test_one_gpu_of_80_gb_holds_every_stage(store: Path) -> None:
+    """In GB, by hand: two experts 23.3, what learns 4.03 bytes each."""
+    recipe = config.load("conf/olmo2_7b_one_gpu.yaml", [f"storage={store}"])
+    one = NodeType("gpu", "mine", ACCELERATORS["H100"], 1, False, {}, {})
+    estimator = estimate.Estimator(recipe, Shape.of(OLMO2_7B), [one], {})
+    planned = [p for p in plan(pipeline.build(recipe).targets) if p.step.verb in estimate.TRAINED]
+    found = {each.step.label: each for each in map(estimator.of, (p.step for p in planned))}
+    assert found.keys() >= {"midtrain math", "sft tool_use", "rlvr code", "route bar"}
+    assert not any(each.problem for each in found.values())
+    weights = {"midtrain math": 40.8, "sft tool_use": 44.1, "rlvr math": 44.1, "route bar": 49.2}
+    for label, gigabytes in weights.items():
+        step = found[label].step
+        stage, shape = step.settings["stage"], estimator.shape(step)
+        memory = shape.memory(
+            stage.learn, stage.run, stage.seq_len, stage.dtype, optimizer=stage.optimizer
+        )
+        assert (memory.total - memory.activations) / 1e9 == pytest.approx(gigabytes, rel=5e-3)
+    step = found["midtrain math"].step
+    exact = replace(step.settings["stage"], optimizer="adamw")
+    assert "does not fit" in estimator._training(step, exact, estimator.shape(step)).problem

@@ -36,6 +36,7 @@ SIDE_FILES = (
 EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 ROUTER_ROW = re.compile(r"\.mlp\.gate\.rows\.(\d+)$")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+WRITTEN = {**DTYPES, torch.uint8: "U8"}  # codes of an optimizer's state too
 
 Content = torch.Tensor | Callable[[FileIO], None]  # of a tensor: itself, or what appends its bytes
 
@@ -224,7 +225,7 @@ def write_safetensors(
     for name, spec in specs.items():
         end = offset + spec.num_bytes
         header[disk(name)] = {
-            "dtype": DTYPES[spec.dtype],
+            "dtype": WRITTEN[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, end],
         }

@@ -14,6 +14,8 @@ from typing import Any
 
 from bar_ray import storage
 
+USABLE = 0.92  # of a device's memory, as vLLM has it
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -23,7 +25,8 @@ class EngineOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     dtype: str = "float32"
-    kv_cache_bytes: int | None = None  # None: vLLM's own share of the device memory
+    kv_cache_bytes: int | None = None  # None: what `gpu_share` leaves beside the weights
+    gpu_share: float = 1.0  # of each device, where others work beside
     tensor_parallel_size: int = 1
     seed: int = 0
     enforce_eager: bool = True
@@ -106,6 +109,7 @@ def engine_arguments(model_path: str, options: EngineOptions) -> dict[str, Any]:
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "kv_cache_memory_bytes": options.kv_cache_bytes,
+        "gpu_memory_utilization": USABLE * options.gpu_share,
         # On a CPU, vLLM rewinds the generator of a seeded request whose prompt was cut, which only
         # CUDA generators can do: the core would die.
         "enable_chunked_prefill": None if options.kv_cache_bytes is None else False,

@@ -506,6 +506,7 @@ def engine_options(step: Any) -> EngineOptions:
         max_num_seqs=rollout.max_num_seqs,
         dtype=stage.dtype,
         kv_cache_bytes=None if rollout.gpus_per_engine else int(rollout.kv_cache_gib * 2**30),
+        gpu_share=rollout.gpus / rollout.tensor_parallel,
         tensor_parallel_size=rollout.tensor_parallel,
         seed=step.settings["seed"],
         enforce_eager=not rollout.gpus_per_engine,

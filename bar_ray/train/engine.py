@@ -1,5 +1,7 @@
 """DeepSpeed behind four verbs: forward_backward, optim_step, save, weights.
 
+With 8-bit states a worker trains alone, without it (`eight_bit`).
+
 Training state is kept by tensor name as safetensors (weights, both Adam moments) with a JSON of
 scalars. It does not depend on the number of workers or the ZeRO stage, and holds no pickle:
 DeepSpeed's own shards do both.
@@ -27,6 +29,7 @@ from transformers import PreTrainedModel
 
 from bar_ray.model import experts, freeze, tensors
 from bar_ray.recipe import Stage
+from bar_ray.train import eight_bit
 from bar_ray.train.schedule import rate
 
 # On a CPU DeepSpeed would compile a shared-memory collective for minutes; gloo is enough there.
@@ -45,13 +48,18 @@ class Engine:
         groups = freeze.apply(model, stage.learn)
         if stage.run.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW(
-            [{"params": g["params"], "scale": g["scale"], "lr": 0.0} for g in groups],
-            betas=(BETA1, stage.beta2),
-            weight_decay=stage.weight_decay,
-            fused=True,
-        )
         self.model = model
+        self.world = torch.distributed.get_world_size()
+        self._is_eight_bit = stage.optimizer == "adamw_8bit"
+        groups = [{"params": g["params"], "scale": g["scale"], "lr": 0.0} for g in groups]
+        settings = {"betas": (BETA1, stage.beta2), "weight_decay": stage.weight_decay}
+        if self._is_eight_bit:
+            self._plain = self._whole = True
+            self.optimizer = eight_bit.adamw(groups, **settings)
+            self.deepspeed = eight_bit.Alone(model, self.optimizer)
+            self.device = self.deepspeed.device
+            return
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
         bf16 = next(model.parameters()).dtype == torch.bfloat16
         self._plain = not bf16 and stage.run.zero_stage == 0  # DeepSpeed leaves our optimizer alone
         self._whole = stage.run.zero_stage < 3  # every rank holds every parameter
@@ -64,7 +72,6 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._config(bf16), dist_init_required=False
         )
-        self.world = torch.distributed.get_world_size()
         if self._plain and self.world == 1:
             # Gradients would be flattened, reduced over one rank and copied back: an eighth of the
             # time of a small model's step.
@@ -127,8 +134,14 @@ class Engine:
         """
         now = rate(self.step, self.num_steps, self.stage.schedule, self.stage.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.lr * now * group["scale"]
+            rate_now = self.stage.lr * now * group["scale"]
+            if self._is_eight_bit:  # compiled: a number would be part of the program
+                group["lr"].fill_(rate_now)
+            else:
+                group["lr"] = rate_now
         norm = self._clip() if self._plain else None
+        if self._is_eight_bit:
+            torch.manual_seed(self.updates)  # rounds as before when the update is made again
         self.deepspeed.step()
         self.step += last
         self.updates += 1
@@ -161,11 +174,12 @@ class Engine:
         weights, moments = {}, {}
         first = torch.distributed.get_rank() == 0
         for name, parameter in freeze.trainable(self.model).items():
-            full = {"": self._full_param(parameter)}
-            full |= {f".{moment}": self._moment(parameter, moment) for moment in MOMENTS}
+            weight = self._full_param(parameter)
+            full = {moment: self._moment(parameter, moment) for moment in MOMENTS}
             if first:  # the others only take part in gathering
-                weights[name] = full.pop("")
-                moments |= {name + moment: value for moment, value in full.items()}
+                weights[name] = weight
+                for moment, parts in full.items():
+                    moments |= {f"{name}.{moment}{end}": part for end, part in parts.items()}
         if first:
             tensors.save(Path(folder) / "weights.safetensors", weights)
             tensors.save(Path(folder) / "optimizer.safetensors", moments)
@@ -182,12 +196,16 @@ class Engine:
             safe_open(Path(folder) / "weights.safetensors", "pt") as weights,
             safe_open(Path(folder) / "optimizer.safetensors", "pt") as moments,
         ):
+            there = {*moments.keys()}
             for name, parameter in freeze.trainable(self.model).items():
                 self._set_param(parameter, weights.get_tensor(name))
                 for moment in MOMENTS:
-                    value = moments.get_tensor(f"{name}.{moment}")
-                    self._set_moment(parameter, moment, value)
-        self._set_adam_steps()
+                    names = {end: f"{name}.{moment}{end}" for end in eight_bit.ENDINGS}
+                    parts = {e: moments.get_tensor(n) for e, n in names.items() if n in there}
+                    if parts:
+                        self._set_moment(parameter, moment, parts)
+        if self.updates or not self._is_eight_bit:
+            self._set_adam_steps()
         return state
 
     def _full_param(self, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -195,11 +213,15 @@ class Engine:
             return parameter.detach().cpu().clone()
         return safe_get_full_fp32_param(parameter).cpu().clone()
 
-    def _moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+    def _moment(self, parameter: torch.nn.Parameter, moment: str) -> eight_bit.Parts:
         if self._plain:
             moments = self.optimizer.state[parameter]  # empty before the first update
-            return moments.get(moment, torch.zeros_like(parameter)).detach().cpu().clone()
-        return safe_get_full_optimizer_state(parameter, moment).cpu().clone()
+            if self._is_eight_bit and not moments:
+                return {}
+            parts = eight_bit.parts_of(moments.get(moment, torch.zeros_like(parameter)))
+        else:
+            parts = {"": safe_get_full_optimizer_state(parameter, moment)}
+        return {end: part.detach().cpu().clone() for end, part in parts.items()}
 
     def _set_param(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         with self._gathered(parameter, changed=True):
@@ -209,13 +231,16 @@ class Engine:
         elif not self._plain:
             safe_set_full_fp32_param(parameter, value.to(self.device))
 
-    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
+    def _set_moment(
+        self, parameter: torch.nn.Parameter, moment: str, parts: eight_bit.Parts
+    ) -> None:
         if self._plain:
-            self.optimizer.state[parameter][moment] = value.to(parameter.device)
+            known = eight_bit.moment_of(parts, parameter, moment == "exp_avg")
+            self.optimizer.state[parameter][moment] = known
         elif self._whole:
-            safe_set_full_optimizer_state(parameter, value.to(self.device), moment)
+            safe_set_full_optimizer_state(parameter, parts[""].to(self.device), moment)
         else:
-            part = self._own_part(parameter, value)
+            part = self._own_part(parameter, parts[""])
             safe_set_local_optimizer_state(parameter, part, moment)
 
     def _own_part(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
@@ -262,8 +287,8 @@ class Engine:
             state["step"] = self._count(self.updates)
 
     def _count(self, updates: int) -> torch.Tensor:
-        """Fused Adam keeps its step count beside the parameters."""
-        return torch.tensor(float(updates), device=self.device)
+        """Fused Adam keeps its step count beside the parameters, the 8-bit one on the host."""
+        return torch.tensor(float(updates), device="cpu" if self._is_eight_bit else self.device)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every tensor by its name on disk, in host memory: every rank calls, rank 0 gets them."""
