@@ -132,6 +132,36 @@ def test_checkpoint_holds_only_what_learns(small_moe: Path, tmp_path: Path) -> N
     assert {tensors.role_of(name) for name in names} == {"expert"}
 
 
+def kept(folder: Path, again: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes kept for the backward pass beside weights, and the gradients."""
+    run = Run(micro_batch=8, activation_checkpointing=again)
+    model = fused.load(folder, torch.float32)
+    made = Engine(model, Stage(learn=Learn(expert=1.0, attention=1.0), run=run), num_steps=1)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            sizes[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = torch.randint(0, 40, (8, 64), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(64).expand(8, -1)
+    batch = MicroBatch(tokens, (positions > 0).long(), positions)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = language_model_loss(made.model, batch, 504, 512, 0.0)
+    loss.backward()
+    return sum(sizes.values()), {n: p.grad for n, p in freeze.trainable(model).items()}
+
+
+def test_recomputed_activations_are_not_kept(larger_moe: Path) -> None:
+    (whole, expected), (little, found) = kept(larger_moe, False), kept(larger_moe, True)
+    assert little < whole / 3
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 # --- 8-bit states ---------------------------------------------------------------------------------
 
 ALL = Learn(**dict.fromkeys(ROLES, 1.0))
