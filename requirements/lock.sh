@@ -27,7 +27,7 @@ resolve() { # <cpu|gpu> [uv options]
     local kind=$1
     shift
     "$work/uv/bin/uv" pip compile pyproject.toml --extra "$kind" --extra test --extra bench \
-        --extra trackers --extra docs --extra eval --extra eight_bit --override requirements/overrides.txt --python-version 3.11 \
+        --extra trackers --extra docs --extra eval --override requirements/overrides.txt --python-version 3.11 \
         --index-strategy unsafe-best-match --no-header --no-annotate --quiet --output-file "$work/$kind.txt" "${places[@]}" "$@"
 }
 

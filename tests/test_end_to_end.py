@@ -111,7 +111,7 @@ def test_other_families_go_through_the_whole_recipe(family: str, name: str, tmp_
     """Every verb for one expert; weights reach vLLM under the names it knows, or RLVR stops."""
     without = [f"experts.{domain}=null" for domain in ("math", "tool_use", "safety")]
     output = run("train_all", str(tmp_path), f"tiny.family={family}", *without)
-    assert " code rlvr " in output
+    assert "code rlvr" in output
     folder = tmp_path / "model"
     assert f"{name}ForCausalLM" in (folder / "README.md").read_text()
     agree(str(folder))

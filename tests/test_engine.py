@@ -1,6 +1,7 @@
 """The training engine: real DeepSpeed on gloo."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bar_ray.recipe import ROLES, Learn, Run, Stage
 from bar_ray.train.eight_bit import parts_of
 from bar_ray.train.engine import Engine
 from bar_ray.train.loss import language_model_loss
+from bar_ray.types import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,11 +169,25 @@ def test_recomputed_activations_are_not_kept(larger_moe: Path) -> None:
 ALL = Learn(**dict.fromkeys(ROLES, 1.0))
 
 
+@pytest.fixture
+def torchao() -> None:
+    pytest.importorskip("torchao", reason="the extra eight_bit is not installed")
+
+
 def eight_bit(folder: Path, learn: Learn = ALL, **settings: Any) -> Engine:
     settings = {"lr": 0.01, "optimizer": "adamw_8bit", **settings}
     return engine(folder, learn, dtype=torch.bfloat16, **settings)
 
 
+def test_without_torchao_it_says_what_to_install(
+    larger_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r"pip install 'bar_ray\[eight_bit\]'"):
+        eight_bit(larger_moe)
+
+
+@pytest.mark.usefixtures("torchao")
 def test_eight_bit_states_learn_as_fp32_ones_do(larger_moe: Path) -> None:
     """The same schedule with exact moments and weights: the losses follow each other."""
     exact, small = engine(larger_moe, ALL, lr=0.01), eight_bit(larger_moe)
@@ -181,6 +197,7 @@ def test_eight_bit_states_learn_as_fp32_ones_do(larger_moe: Path) -> None:
     assert losses == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.usefixtures("torchao")
 def test_small_updates_are_not_lost(larger_moe: Path) -> None:
     """Steps of a 30th of a bf16 digit would all round to nothing; at random, their sum is kept."""
     run = eight_bit(larger_moe, Learn(lm_head=1.0), lr=1e-4)
@@ -197,6 +214,7 @@ def test_small_updates_are_not_lost(larger_moe: Path) -> None:
     assert {*weight.float().unique().tolist()} <= {1.0, 1 - 2**-8, 1 - 2**-7}
 
 
+@pytest.mark.usefixtures("torchao")
 def test_eight_bit_states_continue_bitwise(larger_moe: Path, tmp_path: Path) -> None:
     straight = eight_bit(larger_moe)
     losses = train(straight, range(6))
@@ -210,6 +228,7 @@ def test_eight_bit_states_continue_bitwise(larger_moe: Path, tmp_path: Path) -> 
         assert torch.equal(value, state(second)[name]), name
 
 
+@pytest.mark.usefixtures("torchao")
 def test_a_checkpoint_before_the_first_update(larger_moe: Path, tmp_path: Path) -> None:
     first = eight_bit(larger_moe)
     first.skip_step()
@@ -220,6 +239,7 @@ def test_a_checkpoint_before_the_first_update(larger_moe: Path, tmp_path: Path) 
     assert train(second, range(2)) == train(first, range(2))
 
 
+@pytest.mark.usefixtures("torchao")
 def test_eight_bit_states_take_what_the_plan_says(larger_moe: Path) -> None:
     run = eight_bit(larger_moe, Learn(expert=1.0))
     train(run, range(1))
