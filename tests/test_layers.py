@@ -141,7 +141,7 @@ def test_what_is_imported_is_a_direct_dependency() -> None:
 
     declared = names(project["dependencies"], extras["cpu"], extras["gpu"])
     peers = names(extras["bench"])  # what is measured against, by the bench alone
-    trackers = names(extras["trackers"])
+    optional = {"trackers.py": extras["trackers"], "eight_bit.py": extras["eight_bit"]}
     installed = {"mlflow": ["mlflow-skinny"]} | metadata.packages_distributions()
     known = sys.stdlib_module_names | {"bar_ray", "kernels", "jobs"}
     for path in sources():
@@ -150,5 +150,5 @@ def test_what_is_imported_is_a_direct_dependency() -> None:
             owners = {canonicalize_name(owner) for owner in installed.get(top, [top])}
             where = f"{path.relative_to(ROOT)}:{line}"
             allowed = declared | (peers if "bench" in path.parts else set())
-            allowed |= trackers if path.name == "trackers.py" else set()
+            allowed |= names(optional.get(path.name, []))
             assert top in known or owners & allowed, f"{where}: {top} is not in pyproject.toml"
