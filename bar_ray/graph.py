@@ -94,6 +94,18 @@ def inputs_of(step: Step, kind: str) -> dict[str, Step]:
     return {name.removeprefix(prefix): each for name, each in named.items()}
 
 
+KEEP_SHAPE = {"train", "midtrain", "sft", "rlvr", "lora", "route", "average"}
+
+
+def shape_of(model: Step) -> tuple[Any, ...]:
+    """Equal for models that differ in nothing but weights, as far as their steps tell."""
+    source = model.inputs.get("model") or model.inputs.get("base")
+    if source is None or model.verb not in KEEP_SHAPE:
+        return model.verb, len(inputs_of(model, "expert") or inputs_of(model, "model"))
+    top_k = model.settings.get("top_k") if isinstance(model.settings, dict) else None
+    return *shape_of(source), *([top_k] if top_k else [])
+
+
 @dataclass(frozen=True)
 class Published(Step):
     """A step whose output is there, whatever made it: a version from the registry."""

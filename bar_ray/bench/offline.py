@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bar_ray.rollout.launch import EngineOptions, engine_arguments, fitted, prepare_environment
+from bar_ray.rollout.launch import EngineOptions, engine_arguments, fitted, import_vllm
 
 
 def main(job: dict[str, Any]) -> dict[str, float]:
     """Generate every batch; the first one warms up and does not count."""
     options = fitted(EngineOptions(**job["options"]), job["model"])
-    prepare_environment(options)
+    import_vllm(options)
     from vllm import LLM, SamplingParams
 
     llm = LLM(**engine_arguments(job["model"], options))

@@ -14,14 +14,16 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.util import TrainingFramework
 
 TIMEOUT_S = 1800  # of a collective, torch's own for gloo and Ray's for both
 LEAVE_S = 30.0
 
 
 class ProcessGroup(BackendConfig):
-    """gloo, or NCCL where the workers have GPUs; for a `DataParallelTrainer`."""
+    """gloo, or NCCL where the workers have GPUs; for a `DataParallelTrainer`.
+
+    It names no `framework`: torch's version would come to the controller, and torch with it.
+    """
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -30,10 +32,6 @@ class ProcessGroup(BackendConfig):
     @property
     def train_func_context(self) -> Callable[[], Any]:
         return _on_its_device
-
-    @property
-    def framework(self) -> TrainingFramework:
-        return TrainingFramework.TORCH
 
 
 class _ProcessGroup(Backend):

@@ -23,7 +23,7 @@ from bar_ray.cluster.pace import Pace
 from bar_ray.cluster.pool import Standing, demand_of, holder
 from bar_ray.cluster.quota import Demand, missing
 from bar_ray.cluster.sharing import PoolClient
-from bar_ray.graph import VERBS, Planned, Step, key, topological
+from bar_ray.graph import VERBS, Planned, Step, key, shape_of, topological
 from bar_ray.log import duration, some, titled
 from bar_ray.recipe import Recipe, meaning
 from bar_ray.types import UserError, user_error_in
@@ -32,7 +32,7 @@ POLL_S = 0.5
 DECLARE_EVERY_S = 2.0  # when nothing has begun or ended
 SAY_WAITING_EVERY_S = 30.0
 VIEW_EVERY_S = 5.0
-EVALUATED = 8  # at most so many models by the same engines
+EVALUATED = 16  # at most so many models by the same engines
 IN_A_ROW = {verb for verb, (function, _) in VERBS.items() if ".stages.start:" in function}
 
 
@@ -132,8 +132,10 @@ def run_steps(steps: list[Step], run: Run) -> dict[str, str]:
 def kind_of(step: Step) -> tuple[Any, ...]:
     """Equal for steps that the same processes can make, one after the other."""
     if step.verb in IN_A_ROW:
-        return step.verb, step.settings["stage"].run
-    return step.verb, meaning(step.settings), [content for _, content in step.data.values()]
+        return VERBS[step.verb][0], step.settings["stage"].run
+    shape = shape_of(step.inputs["model"]) if step.verb == "evaluate" else ()
+    contents = [content for _, content in step.data.values()]
+    return step.verb, meaning(step.settings), contents, shape
 
 
 def most_together(step: Step) -> int:

@@ -161,6 +161,8 @@ def _connect(recipe: Recipe, ray: Any) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     address = _address(recipe)
     if _is_local(recipe):
+        # Nobody takes this machine away: one process less for each training.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
             num_cpus=recipe.cluster.num_cpus or None,

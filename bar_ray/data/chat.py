@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bar_ray import lean
 from bar_ray.types import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint, with a chat template that marks assistant turns."""
-    from transformers import AutoTokenizer  # seconds, which not every importer needs
+    with lean.imports():
+        from transformers import AutoTokenizer  # seconds, which not every importer needs
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:

@@ -7,8 +7,8 @@ from bar_ray.data import chat
 from bar_ray.rollout.launch import (
     EngineOptions,
     engine_arguments,
+    import_vllm,
     local_folder,
-    prepare_environment,
 )
 from bar_ray.rollout.weights import shared_files
 
@@ -32,7 +32,7 @@ class BatchEngine:
             enforce_eager=not on_gpu,
             kv_cache_bytes=None if on_gpu else KV_CACHE_BYTES,
         )
-        prepare_environment(options)
+        import_vllm(options)
         from vllm import LLM, SamplingParams
 
         self.tokenizer, self.shm_dir = chat.load_tokenizer(folder), options.shm_dir

@@ -18,7 +18,6 @@ from typing import Any
 import ray
 
 from bar_ray.rollout.launch import EngineOptions, fitted, launch, local_folder
-from bar_ray.rollout.launch import prepare_environment as prepare_environment
 from bar_ray.rollout.weights import Tensors, shared_files
 
 SHUTDOWN_S = 5.0

@@ -4,6 +4,7 @@ Start-up time was measured, not assumed: a 0.7 M parameter FlexOlmo on two idle 
 12 s like this and in 27 s with vLLM's defaults, which then compile for 5 s (24 s the first time).
 """
 
+import importlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bar_ray import storage
+from bar_ray import lean, storage
 
 USABLE = 0.92  # of a device's memory, as vLLM has it
 
@@ -55,7 +56,7 @@ def launch(model_path: str, options: EngineOptions) -> tuple[Any, Any, list[Any]
     """An AsyncLLM, its core where that lives in this process, and the processes it started."""
     import psutil
 
-    prepare_environment(options)
+    import_vllm(options)
     this = psutil.Process()
     before = this.children(recursive=True)
     in_process = options.in_process
@@ -77,8 +78,8 @@ def launch(model_path: str, options: EngineOptions) -> tuple[Any, Any, list[Any]
     return llm, core, [p for p in this.children(recursive=True) if p not in before]
 
 
-def prepare_environment(options: EngineOptions) -> None:
-    """What vLLM reads from the environment; must run before it is first imported."""
+def import_vllm(options: EngineOptions) -> None:
+    """Import it for the first time, with what it reads from the environment then."""
     os.environ |= {
         "OMP_NUM_THREADS": str(options.num_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # actors share cores; binding would stack them
@@ -94,6 +95,8 @@ def prepare_environment(options: EngineOptions) -> None:
     if options.enforce_eager:
         # The sampler's few torch.compile'd functions cost 3 s warm and 24 s cold otherwise.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    with lean.imports():
+        importlib.import_module("vllm.engine.arg_utils")
 
 
 def engine_arguments(model_path: str, options: EngineOptions) -> dict[str, Any]:

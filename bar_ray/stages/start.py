@@ -11,7 +11,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from bar_ray import storage
+from bar_ray import lean, storage
 from bar_ray.cluster.pool import bundle_of_worker, holder
 from bar_ray.cluster.process_group import ProcessGroup
 from bar_ray.cluster.scaling import PoolTrainer
@@ -106,7 +106,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     module, name = config.pop("worker").split(":")
     made: dict[str, Any] = {}
     try:
-        rank_of = getattr(importlib.import_module(module), name)
+        with lean.imports():
+            rank_of = getattr(importlib.import_module(module), name)
         for step in config.pop("steps"):
             if storage.read_manifest(step.artifact.uri) is None:  # else before workers were lost
                 made = _one(rank_of(step=step, **config))
