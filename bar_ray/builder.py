@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from bar_ray import storage
+from bar_ray import log, storage
 from bar_ray.graph import Step
 from bar_ray.recipe import STAGES, Dataset, Decontaminate, Expert, Recipe, Stage
+from bar_ray.storage import hub
 
 
 class Builder:
@@ -123,7 +124,14 @@ class Builder:
         data, inputs = {}, {}
         for name in categories:
             dataset = self.recipe.evaluate.categories[name]
-            data[name], made = self.rows(f"test-{name}", dataset, "prompts")
+            try:
+                data[name], made = self.rows(f"test-{name.replace('/', '-')}", dataset, "prompts")
+            except storage.StorageError as error:
+                optional = self.recipe.evaluate.unreachable == "skip"
+                if not (optional and dataset.uri.startswith(hub.SCHEME)):
+                    raise
+                log.warn(f"{name} is left out of the tests: {error}")
+                continue
             inputs |= made
         return data, inputs
 

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from bar_ray import rewards, storage
 from bar_ray.data import chat, formats, rows, sample, tokenise
-from bar_ray.data.prepare import renamed
+from bar_ray.data.prepare import LeftOut, renamed
 from bar_ray.data.rows import Fault
 from bar_ray.recipe import Dataset
 from bar_ray.types import UserError
@@ -95,20 +95,27 @@ def looked_at(
     """Lines -> counts of each, its faults as JSON, and the lines that may be shown as samples."""
     tokenizer = tokenise.tokenizer_of(tokenizer_uri)
     out: dict[str, list] = {n: [] for n in ("tokens", "learned", "hash", "faults", "sample")}
-    for line, place in zip(map(str, batch["line"]), batch["place"], strict=True):
-        if place < 0:  # the file could not be read on
-            found, tokens = [Fault("", line)], None
-        else:
-            found, tokens = faults_of(line, dataset, kind, tokenizer)
+    out |= {"line": [], "file": [], "place": []}
+    for line, file, place in zip(*(batch[n] for n in ("line", "file", "place")), strict=True):
+        line = str(line)
+        try:
+            if place < 0:  # the file could not be read on
+                found, tokens = [Fault("", line)], None
+            else:
+                found, tokens = faults_of(line, dataset, kind, tokenizer)
+        except LeftOut:
+            continue
+        for name, value in (("line", line), ("file", file), ("place", place)):
+            out[name].append(value)
         ids, mask = tokens or ([], [])
         out["tokens"].append(len(ids))
         out["learned"].append(sum(mask))
         out["hash"].append(-1 if found else sample.content_hash(line, 0))
         out["faults"].append(json.dumps([vars(fault) for fault in found]) if found else "")
     lowest = sorted(value for value in out["hash"] if value >= 0)[:SAMPLES]
-    pairs = zip(batch["line"], out["hash"], strict=True)
-    out["sample"] = [str(line) if value in lowest else "" for line, value in pairs]
-    return {**out, "file": list(batch["file"]), "place": list(batch["place"])}
+    pairs = zip(out.pop("line"), out["hash"], strict=True)
+    out["sample"] = [line if value in lowest else "" for line, value in pairs]
+    return out
 
 
 def run(step: Any, run: Any) -> None:

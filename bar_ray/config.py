@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bar_ray.recipe import STAGES, Recipe
 from bar_ray.types import UserError
 from bar_ray.validate import check, nearest
+
+SUITES = Path(__file__).parent / "evaluate" / "suites.yaml"
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -27,11 +29,17 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
         _refuse_new_experts(merged, known_experts, path)
         _drop_experts(merged)
         _apply_stage_defaults(merged)
+        merged = _with_suites(merged)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), merged))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(_one_line(error, path)) from error
     check(recipe)
     return recipe
+
+
+def suites() -> dict[str, Any]:
+    """The published benchmarks that `evaluate.suites` can name."""
+    return _read_yaml(SUITES)
 
 
 def raw(path: str) -> str:
@@ -82,6 +90,20 @@ def _include_experts(experts: Any, path: Path) -> dict[str, Any]:
         name: _read_yaml(path.parent / expert) if isinstance(expert, str) else expert
         for name, expert in experts.items()
     }
+
+
+def _with_suites(recipe: Any) -> Any:
+    """The tests of the suites a recipe names, below its own."""
+    names = _at(recipe, "evaluate", "suites")
+    if not isinstance(names, ListConfig):
+        return recipe
+    there = suites()
+    for name in names:
+        if name not in there:
+            hint = nearest(str(name), list(there)) or f"there are {', '.join(there)}"
+            raise UserError(f"evaluate.suites: no suite '{name}'; {hint}")
+    tests = OmegaConf.merge({}, *(there[name] for name in names))
+    return OmegaConf.merge(recipe, {"evaluate": OmegaConf.merge(tests, recipe.evaluate)})
 
 
 def _named_uris(key: str, datasets: Any) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from bar_ray import families, storage
+from bar_ray.categories import OVERALL
 from bar_ray.families import Family
 from bar_ray.graph import Step
 from bar_ray.pipeline import Pipeline
 from bar_ray.recipe import Recipe
-from bar_ray.report.scores import OVERALL, markdown
+from bar_ray.report.scores import markdown
 from bar_ray.storage import Manifest
 
 CARD = "README.md"

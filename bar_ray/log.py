@@ -1,6 +1,8 @@
-"""How progress reads: one line per step with fixed columns, durations, texts without secrets."""
+"""How progress reads: one line per step with fixed columns; warnings, durations, names in texts."""
 
+import functools
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +44,12 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Told once, however often it is found."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

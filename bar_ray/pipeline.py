@@ -91,7 +91,7 @@ def data_checks(recipe: Recipe, names: Sequence[str] = (), kind: str = "") -> li
     if not names and kind in ("", "prompts"):
         longest = max(found.values())
         steps += [
-            graph.check(f"test-{name}", dataset, "prompts", longest, tokenizer)
+            graph.check(f"test-{name.replace('/', '-')}", dataset, "prompts", longest, tokenizer)
             for name, dataset in recipe.evaluate.categories.items()
         ]
     return steps

@@ -39,6 +39,9 @@ class Dataset:
         dict, "our field -> theirs, with dots where nested: {ground_truth: reward_model.answer}"
     )
     verifier: str = what("", "verifier of prompts that name none")
+    convert: str = what(
+        "", "package.module:function that makes a row ours, or None of one to be left out"
+    )
     limit: int = what(0, "take the first so many rows that can be used; 0: all")
     faulty: str = what("refuse", "rows that cannot be used: refuse, or skip (they are counted)")
 
@@ -310,11 +313,22 @@ class Baselines:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Held-out tests, by category."""
+    """Held-out tests, by category.
+
+    Categories may form sets, by what is before a slash: `math/gsm8k` and `math/minerva` are the
+    set `math`. In the overall score sets count alike, and in a set its categories.
+    """
 
     categories: dict[str, Dataset] = how(
         dict, "category -> prompts with verifiers, as in `datasets`"
     )
+    suites: list[str] = how(list, "sets of published benchmarks to add, of evaluate/suites.yaml")
+    harness: dict[str, str] = what(
+        dict, "category -> TASK[:METRIC[,FILTER]] of lm-evaluation-harness (needs bar_ray[eval])"
+    )
+    harness_tasks: str = what("", "folder with task files of your own for `harness`")
+    harness_chat: bool = what(True, "its prompts go through the model's chat template")
+    unreachable: str = what("refuse", "tests that cannot be downloaded: refuse, or skip (it says)")
     limit: int = what(0, "items per category; 0 is all")
     max_tokens: int = what(4096, "longest completion, tokens")
     temperature: float = what(0.0, "0 is greedy")

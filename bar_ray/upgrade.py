@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bar_ray import export, registry, versions
-from bar_ray.claims.table import OVERALL, Table
+from bar_ray.categories import OVERALL
+from bar_ray.claims.table import Table
 from bar_ray.graph import Step, topological
 from bar_ray.log import duration
 from bar_ray.pipeline import Pipeline

@@ -10,12 +10,14 @@ from importlib.util import find_spec
 from typing import Any
 
 from bar_ray import families
+from bar_ray.categories import OVERALL, sets
 from bar_ray.recipe import (
     ROLES,
     SHARED,
     STAGES,
     Dataset,
     Decontaminate,
+    Evaluate,
     Expert,
     Learn,
     Recipe,
@@ -79,17 +81,13 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _choice("tracking.trackers", name, ("tensorboard", *TRACKERS))
         if name in TRACKERS and find_spec(name) is None:
             yield f"tracking.trackers: {name} is not installed: pip install {TRACKERS[name]}"
-    for stage in recipe.evaluate.stages:
-        yield from _choice("evaluate.stages", stage, STAGES)
     for name, expert in recipe.experts.items():
         yield from _expert_problems(f"experts.{name}", expert, recipe)
     yield from _merge_problems(recipe)
     yield from _reproduce_problems(recipe)
     yield from _sweep_problems(recipe)
     yield from _router_problems(recipe)
-    yield from _positive("evaluate", recipe.evaluate, ("max_tokens", "num_engines"))
-    if not recipe.evaluate.categories:
-        yield "evaluate.categories: at least one category with a test file is needed"
+    yield from _evaluate_problems(recipe.evaluate)
 
 
 def _positive(key: str, section: Any, names: Sequence[str]) -> Iterator[str]:
@@ -164,8 +162,30 @@ def _dataset_problems(key: str, dataset: Dataset, recipe: Recipe) -> Iterator[st
     if dataset.uri.startswith("tiny:") and recipe.tiny is None:
         yield f"{key}.uri is {dataset.uri}, and this recipe has no `tiny` section to make it"
     yield from _choice(f"{key}.faulty", dataset.faulty, ("refuse", "skip"))
+    if dataset.convert and not re.fullmatch(r"[\w.]+:\w+", dataset.convert):
+        yield f"{key}.convert is '{dataset.convert}'; write package.module:function"
     if dataset.limit < 0:
         yield f"{key}.limit is {dataset.limit}; it must be 0 or more"
+
+
+def _evaluate_problems(settings: Evaluate) -> Iterator[str]:
+    for stage in settings.stages:
+        yield from _choice("evaluate.stages", stage, STAGES)
+    yield from _choice("evaluate.unreachable", settings.unreachable, ("refuse", "skip"))
+    yield from _positive("evaluate", settings, ("max_tokens", "num_engines"))
+    if settings.harness and find_spec("lm_eval") is None:
+        yield "evaluate.harness: lm-eval is not installed: pip install 'bar_ray[eval]'"
+    names = [*settings.categories, *settings.harness]
+    if not names:
+        yield "evaluate.categories: at least one category with a test file is needed"
+    for name in names:
+        whole, _, part = name.partition("/")
+        if names.count(name) > 1:
+            yield f"evaluate.harness.{name} is a category of test files too: rename one of them"
+        if part and whole in names:
+            yield f"evaluate: {name} is of the set {whole}, which is a category itself"
+        if OVERALL in (name, whole) or not re.fullmatch(r"[^/:]+(/[^/:]+)?", name):
+            yield f"evaluate: '{name}' is no name for a category; write CATEGORY or SET/CATEGORY"
 
 
 def _decontaminate_problems(settings: Decontaminate, recipe: Recipe) -> Iterator[str]:
@@ -319,7 +339,8 @@ def _sweep_problems(recipe: Recipe) -> Iterator[str]:
 
 def require_categories(recipe: Recipe, names: Sequence[str], why: str) -> None:
     """Refuse a recipe that does not score what something else is judged by."""
-    if lacking := [name for name in names if name not in recipe.evaluate.categories]:
+    known = [*recipe.evaluate.categories, *recipe.evaluate.harness]
+    if lacking := [name for name in names if name not in (*known, *sets(known))]:
         raise UserError(f"evaluate.categories: {why}; {', '.join(lacking)} is missing")
 
 

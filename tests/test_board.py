@@ -157,8 +157,9 @@ def test_a_run_as_its_files_tell_it(run_at_work: str) -> None:
 
 
 @asynccontextmanager
-async def served(uri: str) -> AsyncIterator[str]:
-    runner, url = await server.serve(Board(uri, "", "http://127.0.0.1:8265"), "127.0.0.1", 0)
+async def served(uri: str, board: Board | None = None) -> AsyncIterator[str]:
+    board = board or Board(uri, "", "http://127.0.0.1:8265")
+    runner, url = await server.serve(board, "127.0.0.1", 0)
     yield url
     await runner.cleanup()
 
@@ -289,6 +290,58 @@ def test_people_can_use_it(run_at_work: str, tmp_path: Path) -> None:
             await page.until("document.querySelectorAll('#step canvas').length > 3")
             wide = "document.documentElement.scrollWidth <= 390"
             assert await page.run(wide), "nothing hangs over a phone's edge"
+            assert not page.problems
+
+    asyncio.run(main())
+
+
+EXPERTS, ROWS = 100, 10_000
+
+
+def make_large_run(uri: str) -> int:
+    """A hundred experts in RLVR, a million rows of metrics; returns the bytes of them."""
+    plan = [step(verb, f"e{n}", reused=False) for n in range(EXPERTS) for verb in state.STAGES]
+    described = {"run_id": "r1", "started": NOW - 100, "command": ["jobs/train_all.py"]}
+    run_json = storage.join(uri, "runs", "r1", "run.json")
+    storage.write_json(run_json, {**described, "host": "here", "recipe": "", "plan": plan})
+    events = [{"event": "started", **step("rlvr", f"e{n}"), "held": {}} for n in range(EXPERTS)]
+    write(uri, "events.jsonl", [{"time": NOW, **event} for event in events])
+    numbers = {"steps": ROWS, "reward": 0.5, "loss": -0.1, "gap": 1e-7, "outcome/right": 0.5}
+    blocks = []
+    for n in range(EXPERTS):
+        record = json.dumps({"time": NOW, **step("rlvr", f"e{n}"), **numbers})
+        blocks += [f'{record[:-1]}, "step": {at}}}\n' for at in range(1, ROWS + 1)]
+    lines = "".join(blocks).encode()
+    storage.write_bytes(storage.join(uri, "runs", "r1", "metrics.jsonl"), lines)
+    return len(lines)
+
+
+@pytest.mark.slow
+def test_a_large_run_is_seen_before_its_numbers_are_read(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The page needs events alone; a million rows follow while it can be used."""
+    num_bytes = make_large_run(str(tmp_path))
+    painted = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    rows_there = "document.querySelectorAll('[data-part=grid] tbody tr').length"
+    last = f"document.querySelector('#c-rlvr--e{EXPERTS - 1}--f-rlvr-e{EXPERTS - 1}').innerText"
+
+    async def main() -> None:
+        board = Board(str(tmp_path), "")
+        async with served(str(tmp_path), board) as url, chromium() as page:
+            await page.open(url)
+            numbers = board.runs[""].tails["metrics"]
+            assert await page.run(rows_there) == EXPERTS and numbers.offset < num_bytes
+            record_property("first paint, ms", await page.run(painted))
+            key = "rlvr--e0--f-rlvr-e0"
+            await page.run(f"document.querySelector('[data-key={key}]').click()")
+            await page.until("!document.querySelector('#step').hidden")
+            assert numbers.offset < num_bytes, "it answers while it reads"
+            await page.until(f"{last}.includes('{ROWS}/{ROWS}')")
+            assert numbers.offset == num_bytes
+            curves = [cell.curves for cell in board.runs[""].cells.values()]
+            assert max(len(each.steps) for each in curves) <= 2 * MOST_POINTS
+            await page.until("document.querySelectorAll('#overview canvas').length === 2")
             assert not page.problems
 
     asyncio.run(main())

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A module imports only from earlier lines, or from its own package.
 LAYERS = (
     ("L0", "kernels"),
-    ("L1", "types recipe log lean"),
+    ("L1", "types recipe log lean categories plugin"),
     ("L1", "families"),
     ("L1", "validate"),
     ("L1", "config storage cost"),

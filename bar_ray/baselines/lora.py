@@ -24,7 +24,6 @@ from bar_ray.model import tensors
 from bar_ray.model.tensors import Checkpoint
 from bar_ray.recipe import Lora
 from bar_ray.stages import lm
-from bar_ray.types import Verdict
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 ROUTER_STEPS, ROUTER_LR, ROUTER_DECAY = 300, 0.05, 1e-3
@@ -148,6 +147,7 @@ def evaluate(step: Any, run: Any) -> None:
         rows = [json.loads(line) for line in lines]
         samples[name] = {(row["category"], row["id"]): row for row in rows}
     [any_answers, *_] = samples.values()
-    chosen = [samples[choices[category][i]][category, i] for category, i in any_answers]
-    scores = score(chosen, [Verdict(row["score"], row["outcome"]) for row in chosen])
-    write(scores, chosen, step, run)
+    # The harness's prompts are its own: the router has not seen them.
+    known = [(category, i) for category, i in any_answers if category in choices]
+    chosen = [samples[choices[category][i]][category, i] for category, i in known]
+    write(score(chosen), chosen, step, run)

@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 
 from bar_ray import storage
+from bar_ray.categories import OVERALL
 from bar_ray.claims import plots
 from bar_ray.claims.arms import GENERAL, Arms
 from bar_ray.claims.claims import CLAIMS, MARGIN, PAPER, Claim, Evidence, Finding
-from bar_ray.claims.table import OVERALL, Estimate
+from bar_ray.claims.table import Estimate
 from bar_ray.log import duration
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError

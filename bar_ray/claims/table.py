@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev, variance
 
-from bar_ray import storage
+from bar_ray import categories, storage
+from bar_ray.categories import OVERALL
 from bar_ray.graph import Step
 
 Items = Mapping[str, Mapping[str, float]]  # by category and item
-OVERALL = "overall"
 PERCENT, POINTS = "percent right", "points"
 Z95 = 1.96
 
@@ -57,7 +57,8 @@ class Table:
         self.seeds = list(items)
         first = self.items[self.seeds[0]]
         self.models = list(first)
-        self.categories = list(first[self.models[0]])
+        self.tests = list(first[self.models[0]])
+        self.categories = [*self.tests, *categories.sets(self.tests)]
 
     @classmethod
     def read(cls, evaluations: Mapping[int, Mapping[str, Step]]) -> "Table":
@@ -78,16 +79,16 @@ class Table:
         return self._estimate([(model, 1.0), (other, -1.0)], category)
 
     def _estimate(self, terms: Sequence[tuple[str, float]], category: str) -> Estimate:
-        categories = self.categories if category == OVERALL else [category]
+        weights = categories.weights(categories.members(category, self.tests))
         by_seed, errors = [], []
         for seed in self.seeds:
-            means, error = [], 0.0
-            for each in categories:
+            mean, error = 0.0, 0.0
+            for each, weight in weights.items():
                 values = self._values(seed, terms, each)
-                means.append(fmean(values))
-                error += variance(values) / len(values) if len(values) > 1 else 0.0
-            by_seed.append(100 * fmean(means))
-            errors.append(100**2 * error / len(categories) ** 2)
+                mean += weight * fmean(values)
+                error += weight**2 * variance(values) / len(values) if len(values) > 1 else 0.0
+            by_seed.append(100 * mean)
+            errors.append(100**2 * error)
         mean, half = fmean(by_seed), Z95 * math.sqrt(sum(errors)) / len(errors)
         return Estimate(mean, tuple(by_seed), mean - half, mean + half)
 

@@ -13,21 +13,26 @@ from typing import Any
 
 import ray
 
+from bar_ray import plugin
 from bar_ray.data import formats, rows, tokenise
 from bar_ray.data.overlap import TestPrompts
 from bar_ray.recipe import Dataset, Decontaminate
 from bar_ray.types import UserError
 
 FILE_BYTES = 256 << 20
-KEPT, FAULTY = "", "faulty"
+KEPT, FAULTY, UNWANTED = "", "faulty", "unwanted"
 COPIED = "copied from "  # and the category
 
 
+class LeftOut(Exception):
+    """A row that its converter does not want."""
+
+
 def renamed(row: Any, dataset: Dataset) -> Any:
-    """A row with our names for its fields."""
+    """A row as `convert` makes it (or LeftOut), with our names for its fields."""
     if not isinstance(row, dict):
         return row
-    found = dict(row)
+    found = _converted(row, dataset.convert) if dataset.convert else dict(row)
     for ours, theirs in dataset.columns.items():
         value = _at(row, theirs)
         found.pop(theirs, None)
@@ -36,6 +41,23 @@ def renamed(row: Any, dataset: Dataset) -> Any:
     if dataset.verifier:
         found.setdefault("verifier", dataset.verifier)
     return found
+
+
+def _converted(row: dict[str, Any], converter: str) -> dict[str, Any]:
+    function = plugin.load("converter", converter)
+    try:
+        found = function(row)
+    except Exception as error:  # of any kind: it is the user's
+        told = f"{type(error).__name__}: {error}"
+        raise rows.WrongRow(f"cannot be converted by {converter}: {told}") from error
+    if found is None:
+        raise LeftOut
+    if not isinstance(found, dict):
+        raise UserError(
+            f'the converter "{converter}" returned {found!r:.60}; it must return a row as a dict, '
+            "or None to leave it out"
+        )
+    return dict(found)
 
 
 def _at(row: Any, path: str) -> Any:
@@ -50,7 +72,7 @@ def _at(row: Any, path: str) -> Any:
 def prepared(
     batch: dict[str, Any], dataset: Dataset, kind: str, tests: TestPrompts | None
 ) -> dict[str, list]:
-    """Lines -> our lines, and for each what became of it (`KEPT`, `FAULTY` or a copy)."""
+    """Lines -> our lines, and for each what became of it (`KEPT`, `FAULTY`, `UNWANTED`, a copy)."""
     lines, fates = [], []
     for line, file, place in zip(batch["line"], batch["file"], batch["place"], strict=True):
         try:
@@ -61,6 +83,10 @@ def prepared(
                 raise UserError(f"{where}: {error}{_source(error, dataset)}") from error
             lines.append("")
             fates.append(FAULTY)
+            continue
+        except LeftOut:
+            lines.append("")
+            fates.append(UNWANTED)
             continue
         copied = tests.copied(row) if tests else ""
         lines.append(json.dumps(row, ensure_ascii=False))

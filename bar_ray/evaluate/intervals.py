@@ -18,16 +18,17 @@ def wilson(score: float, items: int) -> tuple[float, float]:
     return (0.0 if score == 0 else max(0.0, low), 100.0 if score == 1 else min(100.0, high))
 
 
-def of_mean(scores: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """(low, high) percent of the unweighted mean of scores of several sets of items.
+def of_mean(scores: Sequence[tuple[float, float, int]]) -> tuple[float, float]:
+    """(low, high) percent of a weighted mean: weight, score and items of each set of items.
 
     Variances are those at Wilson's centres, which are never zero.
     """
-    number = len(scores)
     variance = sum(
-        (p := _centre(score, items)) * (1 - p) / (items + Z95**2) for score, items in scores
+        weight**2 * (p := _centre(score, items)) * (1 - p) / (items + Z95**2)
+        for weight, score, items in scores
     )
-    mean, half = sum(score for score, _ in scores) / number, Z95 * math.sqrt(variance) / number
+    mean = sum(weight * score for weight, score, _ in scores)
+    half = Z95 * math.sqrt(variance)
     return 100 * max(0.0, mean - half), 100 * min(1.0, mean + half)
 
 

@@ -7,15 +7,15 @@ after the other, as long as they are of one shape, instead of starting anew for 
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from bar_ray import rewards
-from bar_ray.evaluate import intervals
+from bar_ray import categories, rewards
+from bar_ray.evaluate import harness, intervals
 from bar_ray.evaluate.items import require_positions, test_items
 from bar_ray.graph import Step
 from bar_ray.recipe import Evaluate
@@ -51,10 +51,20 @@ def run(steps: Sequence[Step], run: Any) -> dict[str, str]:
             tests.append(_test(step, run))
         except UserError as error:
             mistakes[step.artifact.uri] = str(error)
-    sandbox = rewards.sandbox_for(run.recipe.sandbox)
+    sandbox, settings = rewards.sandbox_for(run.recipe.sandbox), steps[0].settings
+    graded: list[tuple[Test, list[dict[str, Any]]]] = []
     for alike in _by_shape(tests):
-        for test, completions in generate(alike, steps[0].settings):
-            _grade(test, completions, sandbox, run)
+        for test, completions in generate(alike, settings):
+            samples = _grade(test, completions, sandbox)
+            if settings.harness:
+                graded.append((test, samples))
+            else:
+                _write(test, samples, {}, run)
+    for test, samples in graded:  # now that our engines are gone
+        try:
+            _with_harness(test, samples, run)
+        except UserError as error:
+            mistakes[test.step.artifact.uri] = str(error)
     return mistakes
 
 
@@ -65,7 +75,10 @@ def _test(step: Step, run: Any) -> Test:
         for category in step.data
         for item in test_items(folder, category, run.locate(step, category), settings.limit)
     ]
-    require_positions(folder, items, settings)
+    if not items and not settings.harness:
+        raise UserError("no test is left: none could be downloaded")
+    if items:
+        require_positions(folder, items, settings)
     beside = [Path(folder, name) for name in NOT_WEIGHTS if Path(folder, name).exists()]
     return Test(step, "\n".join(path.read_text() for path in beside), items)
 
@@ -78,14 +91,29 @@ def _by_shape(tests: Sequence[Test]) -> list[list[Test]]:
     return list(groups.values())
 
 
-def _grade(test: Test, completions: list[dict[str, Any]], sandbox: Any, run: Any) -> None:
+def _grade(test: Test, completions: list[dict[str, Any]], sandbox: Any) -> list[dict[str, Any]]:
+    """Own tests: every item with its answer and what became of it."""
     graded = [
         (c["text"], i["ground_truth"], i["verifier"])
         for i, c in zip(test.items, completions, strict=True)
     ]
     verdicts = rewards.grade(graded, sandbox)
-    scores = score(test.items, verdicts)
-    samples = list(map(sample, test.items, completions, verdicts))
+    return list(map(sample, test.items, completions, verdicts))
+
+
+def _with_harness(test: Test, samples: list[dict[str, Any]], run: Any) -> None:
+    """What the harness finds, beside our own tests."""
+    found = harness.run(test.place, test.step.settings)
+    for name, reason in found.left_out.items():
+        run.say(test.step, f"{name} is left out: {reason}")
+    samples += found.samples
+    if not samples:
+        raise UserError("not one test could be downloaded")
+    _write(test, samples, {"harness": found.reported, "left_out": found.left_out}, run)
+
+
+def _write(test: Test, samples: list[dict[str, Any]], more: dict[str, Any], run: Any) -> None:
+    scores = {**score(samples), **more}
     write(scores, samples, test.step, run)
     shown = "  ".join(f"{name} {value:.1f}" for name, value in scores["scores"].items())
     run.say(test.step, shown)
@@ -103,6 +131,9 @@ def generate(
     tests: Sequence[Test], settings: Evaluate
 ) -> Iterator[tuple[Test, list[dict[str, Any]]]]:
     """Each test with one completion per item, in order, as soon as it has them all."""
+    if not tests[0].items:  # the harness's alone
+        yield from ((test, []) for test in tests)
+        return
     rows = [
         {"test": number, "place": place, "prompt": item["prompt"], "model": test.place}
         for number, test in enumerate(tests)
@@ -127,22 +158,22 @@ def generate(
             yield tests[row["test"]], sorted(found.pop(row["test"]), key=lambda r: r["place"])
 
 
-def score(items: list[dict], verdicts: list[Verdict]) -> dict[str, Any]:
-    """Percent by category, their unweighted mean as `overall`, intervals, outcomes by category."""
-    by_category: dict[str, list[Verdict]] = defaultdict(list)
-    for item, verdict in zip(items, verdicts, strict=True):
-        by_category[item["category"]].append(verdict)
-    means = {c: (sum(v.score for v in vs) / len(vs), len(vs)) for c, vs in by_category.items()}
-    scores = {c: 100 * mean for c, (mean, _) in means.items()}
-    scores["overall"] = sum(scores.values()) / len(scores)
+def score(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Percent by category, set of categories and `overall`; intervals, outcomes, items."""
+    by_category: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for each in samples:
+        by_category[each["category"]].append(each)
+    means = {c: (sum(s["score"] for s in ss) / len(ss), len(ss)) for c, ss in by_category.items()}
+    scores = categories.with_means({c: 100 * mean for c, (mean, _) in means.items()})
     bounds = {c: intervals.wilson(*each) for c, each in means.items()}
-    bounds["overall"] = intervals.of_mean(list(means.values()))
-    outcomes = {c: dict(Counter(v.outcome for v in vs)) for c, vs in by_category.items()}
+    for name in scores.keys() - means.keys():
+        counted = categories.weights(categories.members(name, means))
+        bounds[name] = intervals.of_mean([(w, *means[c]) for c, w in counted.items()])
     return {
         "scores": scores,
-        "intervals": bounds,
-        "outcomes": outcomes,
-        "items": {c: len(v) for c, v in by_category.items()},
+        "intervals": {name: bounds[name] for name in scores},
+        "outcomes": {c: dict(Counter(s["outcome"] for s in ss)) for c, ss in by_category.items()},
+        "items": {c: len(ss) for c, ss in by_category.items()},
     }
 
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from bar_ray import storage
+from bar_ray.categories import OVERALL
 from bar_ray.graph import Step
 from bar_ray.recipe import STAGES
 from bar_ray.storage import StorageError
 from bar_ray.types import Artifact
 
 Models = Mapping[str, Mapping[str, float]]
-OVERALL = "overall"
 LAST = ("merged", "bar")
 
 

@@ -6,11 +6,11 @@ counted apart from wrong answers, and nothing here turns a broken verifier into 
 """
 
 import difflib
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bar_ray import plugin
 from bar_ray.recipe import Sandbox as SandboxSettings
 from bar_ray.rewards import bfcl, code, instructions, math, safety, tools
 from bar_ray.rewards.sandbox import Limits, Sandbox
@@ -37,7 +37,7 @@ def get(name: str) -> Reward:
     if name in _MODULES:
         return _MODULES[name].grade
     if ":" in name:
-        return _import(name)
+        return plugin.load("reward", name)
     near = difflib.get_close_matches(name, NAMES, 1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
     raise UserError(
@@ -96,17 +96,3 @@ def _checked(name: str, verdict: Any) -> Verdict:
             f"{', '.join(OUTCOMES)}."
         )
     return verdict
-
-
-def _import(path: str) -> Reward:
-    module_name, _, function_name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f'the reward "{path}" cannot be imported: {error}.') from error
-    function = vars(module).get(function_name)
-    if not callable(function):
-        near = difflib.get_close_matches(function_name, vars(module), 1)
-        hint = f' Did you mean "{module_name}:{near[0]}"?' if near else ""
-        raise UserError(f'module "{module_name}" has no function "{function_name}".{hint}')
-    return function
