@@ -94,7 +94,7 @@ class Run:
     )
     threads: int = how(1, "torch threads of a worker on CPU")
     together: int = how(
-        1, "at most so many waiting trainings of one kind in a row, by workers started once"
+        1, "at most so many trainings of one kind in a row, by workers started once"
     )
     micro_batch: int = how(8, "rows in one forward pass of one worker")
     zero_stage: int = how(0, "DeepSpeed ZeRO stage, 0 to 3 (rlvr: to 2)")

@@ -30,17 +30,19 @@ def evaluation(number: int, settings: Evaluate, root: Path) -> Step:
 def executor() -> Executor:
     """One whose pool, journal and cluster are not asked."""
     made = Executor.__new__(Executor)
-    made.todo, made.alone = {}, set()
+    made.todo, made.alone, made.waits_for, made.running = {}, set(), {}, {}
     return made
 
 
 def begun(executor: Executor, ready: list[Step], allowed: list[Step]) -> list[list[Step]]:
     """What the pool's leave for `allowed` starts, group by group."""
     executor.todo |= {key(step): step for step in ready}
+    executor.waits_for |= {key(step): set() for step in ready}
     groups = []
     for step in allowed:
         if key(step) in executor.todo:
             groups.append(executor._together(step, ready, allowed))
+            executor.running[len(executor.running)] = (groups[-1], 0.0)
             for each in groups[-1]:
                 del executor.todo[key(each)]
     return groups
@@ -56,7 +58,7 @@ def test_evaluations_share_engines_evenly(executor: Executor, tmp_path: Path) ->
 def test_a_group_has_a_size(executor: Executor, tmp_path: Path) -> None:
     ready = [evaluation(n, Evaluate(), tmp_path) for n in range(30)]
     [group] = begun(executor, ready, ready[:1])
-    assert len(group) == 8 and len(executor.todo) == 22
+    assert len(group) == runs.EVALUATED and len(executor.todo) == 30 - runs.EVALUATED
 
 
 def test_only_equal_questions_share_an_engine(executor: Executor, tmp_path: Path) -> None:
@@ -103,6 +105,30 @@ def test_trainings_that_need_other_workers_start_alone(
     ready = [training(0, others, tmp_path), training(1, Run(together=3), tmp_path)]
     ready.append(training(2, Run(together=3), tmp_path, verb="sft"))
     assert begun(executor, ready, ready[:1]) == [[ready[0]]]
+
+
+def test_what_waits_for_a_training_alone_follows_it(executor: Executor, tmp_path: Path) -> None:
+    """Of the same kind; not while something else is missing, nor beyond the size of a group."""
+    steps = [training(n, Run(together=3), tmp_path) for n in range(6)]
+    first, other, second, third, fourth, mixed = steps
+    unlike, ready = training(6, Run(together=3, threads=2), tmp_path), [first, other]
+    waits = [(unlike, [first]), (mixed, [first, other]), (second, [first])]
+    waits += [(third, [second, first]), (fourth, [third, second, first])]
+    executor.todo = {key(step): step for step, _ in waits}
+    executor.waits_for = {key(step): set(map(key, needed)) for step, needed in waits}
+    assert begun(executor, ready, ready) == [[first, second, third], [other]]
+
+    executor.running.clear()
+    executor.todo |= {key(step): step for step in (second, mixed)}
+    executor.alone = {key(second)}
+    assert begun(executor, ready, ready[:1]) == [[first, other, mixed]]
+
+
+def test_followers_need_what_one_process_has_written(executor: Executor, tmp_path: Path) -> None:
+    several = Run(together=3, num_workers=2)
+    first, second = (training(n, several, tmp_path) for n in range(2))
+    executor.todo[key(second)], executor.waits_for[key(second)] = second, {key(first)}
+    assert begun(executor, [first], [first]) == [[first]]
 
 
 class Rank:

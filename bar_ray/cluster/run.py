@@ -214,10 +214,13 @@ class Executor:
 
     def _ready(self) -> list[Step]:
         """Steps whose inputs are there, those that most steps wait for first."""
-        at_work = (key(step) for steps, _ in self.running.values() for step in steps)
-        unfinished = {*self.todo, *at_work}
+        unfinished = self._unfinished()
         ready = [s for place, s in self.todo.items() if not self.waits_for[place] & unfinished]
         return sorted(ready, key=lambda step: -self._num_dependents(step))
+
+    def _unfinished(self) -> set[str]:
+        at_work = (key(step) for steps, _ in self.running.values() for step in steps)
+        return {*self.todo, *at_work}
 
     def _num_dependents(self, step: Step) -> int:
         return sum(key(step) in waits for waits in self.waits_for.values())
@@ -253,17 +256,42 @@ class Executor:
         return demand_of(step, self.run.run_id, self.run.recipe)
 
     def _together(self, step: Step, ready: list[Step], allowed: list[Step]) -> list[Step]:
-        """The step, and its part of those like it that are ready and cost little beside it."""
+        """The step, what waits for it alone, and its part of those like it that are ready."""
         most = most_together(step)
         if most == 1 or key(step) in self.alone:
             return [step]
 
         kind, leading = kind_of(step), set(map(key, allowed))
-        left = [s for s in ready if key(s) in self.todo and key(s) not in self.alone]
-        alike = [s for s in left if kind_of(s) == kind]
+        alike = [s for s in ready if self._is_free(s) and kind_of(s) == kind]
         others = [s for s in alike if key(s) not in leading]
         part = math.ceil(len(alike) / (len(alike) - len(others)))
-        return [step, *others[: min(part, most) - 1]]
+        group = [step]
+        for other in (None, *others[: part - 1]):
+            group += [other] if other and len(group) < most else []
+            while len(group) < most and (follower := self._follower(group)):
+                group.append(follower)
+        return group
+
+    def _is_free(self, step: Step) -> bool:
+        return key(step) in self.todo and key(step) not in self.alone
+
+    def _follower(self, group: list[Step]) -> Step | None:
+        """A step that the same processes can make as soon as they have made the group."""
+        if group[0].verb not in IN_A_ROW or group[0].settings["stage"].run.num_workers > 1:
+            return None  # other ranks would look for what the first one still writes
+        kind, mine, unfinished = kind_of(group[0]), set(map(key, group)), self._unfinished()
+        return next(
+            (
+                step
+                for place, step in self.todo.items()
+                if place not in mine
+                and self._is_free(step)
+                and self.waits_for[place] & unfinished
+                and self.waits_for[place] & unfinished <= mine
+                and kind_of(step) == kind
+            ),
+            None,
+        )
 
     def _start(self, steps: list[Step], standing: Standing) -> None:
         here = NodeAffinitySchedulingStrategy(self.run.head, soft=False)

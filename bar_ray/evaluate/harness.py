@@ -127,7 +127,7 @@ def ask(model: Any, manager: Any, task: Task, settings: Evaluate) -> Mapping[str
     if not manager.match_tasks([task.name]):
         raise UserError(f"evaluate.harness: lm-eval has no task '{task.name}': see `lm-eval ls`")
     try:
-        return lm_eval.simpleask(
+        return lm_eval.simple_evaluate(
             model,
             tasks=[task.name],
             limit=settings.limit or None,
