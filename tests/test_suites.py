@@ -285,7 +285,6 @@ def test_items_and_scores_of_the_harness(tasks: str) -> None:
     assert len({each["id"] for each in found}) == 8, "items of a group have names of their own"
 
     for text, told in (
-        ("nothing", "lm-eval has no task 'nothing'"),
         ("sums:acc", "'sums' has no metric 'acc'; there are exact_match"),
         ("sums:exact_match,no", "has no filter 'no'; there are strict, loose"),
     ):
@@ -319,6 +318,12 @@ def test_what_cannot_be_downloaded(tasks: str) -> None:
         harness.ask(Answers(), manager, harness.Task("far"), Evaluate(harness_chat=False))
 
 
+def test_an_unknown_task_is_told_before_an_engine_starts(tasks: str) -> None:
+    settings = Evaluate(harness={"a": "sums", "b": "nobody_knows_it"}, harness_tasks=tasks)
+    with pytest.raises(UserError, match="lm-eval has no task 'nobody_knows_it'"):
+        harness.measure("nowhere", settings)
+
+
 @pytest.mark.slow
 def test_scores_of_a_model_with_the_harness(tasks: str, tmp_path: Path) -> None:
     """The command, with our tests and the harness's; transformers answers the same items alike."""
@@ -336,7 +341,7 @@ def test_scores_of_a_model_with_the_harness(tasks: str, tmp_path: Path) -> None:
         part.save_pretrained(folder)
     settings = {
         **{"limit": 3, "max_tokens": 16, "harness_chat": "false", "harness_tasks": tasks},
-        "harness": "{logic/sums: sums, logic/both: both, far: 'nobody_knows_it'}",
+        "harness": "{logic/sums: sums, logic/both: both, far: far}",
     }
     command = [
         sys.executable,
@@ -347,12 +352,7 @@ def test_scores_of_a_model_with_the_harness(tasks: str, tmp_path: Path) -> None:
         f"storage={store}",
     ]
     command += [f"evaluate.{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "lm-eval has no task 'nobody_knows_it'" in done.stderr
-    assert "Traceback" not in done.stderr
-
     Path(tasks, "far.yaml").write_text(far_from(tasks))
-    command[-1] = command[-1].replace("'nobody_knows_it'", "far")
     done = subprocess.run([*command, "evaluate.unreachable=skip"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "far is left out: 'far' cannot be had" in done.stdout

