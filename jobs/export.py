@@ -9,7 +9,7 @@ so that one sees what is lost beside training the router again (jobs/upgrade.py 
 
 import argparse
 
-from bar_ray import report, subset
+from bar_ray import report, storage, subset
 from bar_ray.cli import Cli
 from bar_ray.cluster import session
 from bar_ray.recipe import Recipe
@@ -29,7 +29,10 @@ def main(recipe: Recipe, args: argparse.Namespace) -> None:
     print(report.table(report.collect(part.pipeline.scores)))
     folder = part.export()
     print(f"model   {folder}")
-    print(f"serve   vllm serve {folder}")
+    if storage.is_local(folder):
+        print(f"serve   vllm serve {folder}")
+    else:  # vLLM reads models from disks
+        print(f"serve   copy {folder} to a disk, then: vllm serve FOLDER")
 
 
 if __name__ == "__main__":

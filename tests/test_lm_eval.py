@@ -62,12 +62,23 @@ def test_wilson_agrees_with_scipy(items: int, share: float) -> None:
 
 
 def test_a_mean_of_categories_is_never_certain() -> None:
-    low, high = intervals.of_mean([(1.0, 120), (1.0, 120)])
+    low, high = intervals.of_mean([(0.5, 1.0, 120), (0.5, 1.0, 120)])
     assert 98 < low < 99.9 and high == 100
-    low, high = intervals.of_mean([(0.5, 100), (0.9, 400), (0.7, 100)])
+    low, high = intervals.of_mean([(1 / 3, 0.5, 100), (1 / 3, 0.9, 400), (1 / 3, 0.7, 100)])
     assert low < 70 < high and 4 < high - low < 12
-    alone, wilson = intervals.of_mean([(0.5, 200)]), intervals.wilson(0.5, 200)
+    alone, wilson = intervals.of_mean([(1.0, 0.5, 200)]), intervals.wilson(0.5, 200)
     assert alone == pytest.approx(wilson, abs=0.1)
+
+
+def test_a_category_of_a_set_has_files_of_its_own(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    item = {"id": "0", "text": "5+7", "verifier": "math", "ground_truth": "12"}
+    asked = [{**item, "category": category} for category in ("math/sums", "math/words")]
+    tasks.write(tmp_path / "lm_eval", tmp_path, asked, Evaluate(max_tokens=32))
+    for name in ("math-sums", "math-words"):
+        assert (tmp_path / "lm_eval" / f"{name}.jsonl").read_text().count("\n") == 1
+        assert f"task: bar_{name}\n" in (tmp_path / "lm_eval" / f"bar_{name}.yaml").read_text()
+    assert '["bar_math-sums", "bar_math-words"]' in (tmp_path / "lm_eval" / "bar.yaml").read_text()
 
 
 def test_prompts_as_text_give_the_same_tokens(written: tuple[Path, list[dict]]) -> None:

@@ -57,7 +57,7 @@ def write(
     for item in items:
         by_category[item["category"]].append(item)
     for category, its in by_category.items():
-        task, file = f"{GROUP}_{category}", f"{category}.jsonl"
+        task, file = task_name(category), f"{category.replace('/', '-')}.jsonl"
         # Ground truths differ in shape, and a column has one type: text.
         rows = [
             {
@@ -69,5 +69,9 @@ def write(
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         text = TASK.format(task=task, file=file, generation=json.dumps(generation))
         (folder / f"{task}.yaml").write_text(text)
-    tasks = json.dumps([f"{GROUP}_{category}" for category in by_category])
+    tasks = json.dumps([task_name(category) for category in by_category])
     (folder / f"{GROUP}.yaml").write_text(ALL.format(group=GROUP, tasks=tasks))
+
+
+def task_name(category: str) -> str:
+    return f"{GROUP}_{category.replace('/', '-')}"
