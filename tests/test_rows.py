@@ -103,7 +103,7 @@ def line_of(row: Any) -> bytes:
 def test_a_fault_names_its_field(name: str) -> None:
     field, kind, row, said = FAULTS[name]
     try:
-        decoded = formats.decoded(formats._decoded(line_of(row)))
+        decoded = formats.decoded(formats.as_text(line_of(row)))
         [fault] = rows.faults(rows.normalised(decoded, kind), kind)
         assert fault.field == field and said in fault.problem
     except rows.WrongRow as error:

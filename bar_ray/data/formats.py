@@ -93,10 +93,17 @@ def read_part(part: Part) -> Iterator[tuple[int, str]]:
     The place is a byte of a JSONL file (of its content when it is compressed), or the number of a
     row. What cannot be read as text is `NO_TEXT` and the reason: `parse_line` refuses it.
     """
+    for place, line in read_bytes(part):
+        yield place, as_text(line)
+
+
+def read_bytes(part: Part) -> Iterator[tuple[int, bytes]]:
+    """The same as UTF-8, as far as it is that: of JSONL the bytes that are there."""
     with storage.explained("read", part.file):
         if ends_with(part.file, *COLUMNAR):
             for place, row in _table_rows(part):
-                yield place, json.dumps(without_nulls(row), ensure_ascii=False, default=str)
+                text = json.dumps(without_nulls(row), ensure_ascii=False, default=str)
+                yield place, text.encode()
         else:
             with _opened(part.file) as source:
                 yield from _lines(source, part)
@@ -128,7 +135,7 @@ def _opened(file: str) -> pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
-def _lines(source: Any, part: Part) -> Iterator[tuple[int, str]]:
+def _lines(source: Any, part: Part) -> Iterator[tuple[int, bytes]]:
     """The lines that begin in a part; only a line feed ends one (JSON may hold U+2028 raw)."""
     place, rest = part.start, b""
     if place:  # the line running into this part belongs to the one before
@@ -139,16 +146,17 @@ def _lines(source: Any, part: Part) -> Iterator[tuple[int, str]]:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             if not skipping and place < part.end and line.strip():
-                yield place, _decoded(line)
+                yield place, line
             skipping = False
             place += len(line) + 1
             if place >= part.end:
                 return
     if rest.strip() and not skipping:
-        yield place, _decoded(rest)
+        yield place, rest
 
 
-def _decoded(line: bytes) -> str:
+def as_text(line: bytes) -> str:
+    """A line, or why it is none (`NO_TEXT`)."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:

@@ -7,11 +7,13 @@ that it lacks some of its own does a second pass bring those. A stratum is a dat
 and within it a value of the rows' `source` column.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,21 +24,18 @@ import ray
 
 from bar_ray.data import formats, rows, tokenise
 
-BATCH_ROWS = 4096
+MOST_ROWS = 65_536  # hashed before they are handed on
 HASHES = 2**62
 SPARE = 2  # lines read at once over those wanted
 
 
 def content_hash(line: str, seed: int) -> int:
     """62 bits of a hash of a row's content, whatever the order of its keys."""
-    return _hash(_content(line), seed)
-
-
-def _content(line: str) -> Any:
     try:
-        return orjson.loads(line)
+        row = orjson.loads(line)
     except ValueError:
-        return formats.decoded(line)  # Python reads more: NaN, and it says what is wrong
+        row = formats.decoded(line)  # Python reads more: NaN, and it says what is wrong
+    return _hash(row, seed)
 
 
 def _hash(row: Any, seed: int) -> int:
@@ -48,37 +47,54 @@ def _hash(row: Any, seed: int) -> int:
     return int.from_bytes(digest.digest(), "big") >> 2
 
 
-@tokenise.or_mistake
+@tokenise.or_mistakes
 def hashed(
     batch: dict[str, Any], seed: int, limit: int, limits: Mapping[str, int]
-) -> dict[str, list]:
-    """Lines -> a row per stratum: all hashes, and the lines whose hash is at most its limit."""
-    hashes: dict[str, list[int]] = defaultdict(list)
-    lines: dict[str, list[str]] = defaultdict(list)
-    for line, file, place in zip(batch["line"], batch["file"], batch["place"], strict=True):
+) -> Iterator[dict[str, list]]:
+    """A part -> a row per stratum: all hashes, and the lines whose hash is at most its limit.
+
+    A part's bytes are read, parsed and hashed here: lines do not travel between two functions.
+    """
+    part = tokenise.part_of(batch)
+    lines = formats.read_bytes(part)
+    while some := list(itertools.islice(lines, MOST_ROWS)):
+        hashes: dict[str, list[int]] = defaultdict(list)
+        low: dict[str, list[str]] = defaultdict(list)
+        for place, line in some:
+            row = _row(line, part.file, place)
+            stratum = str(row.get("source", ""))
+            number = _hash(row, seed)
+            hashes[stratum].append(number)
+            if number <= limits.get(stratum, limit):
+                low[stratum].append(line.decode())
+        yield {
+            "stratum": [*hashes],
+            "hashes": [np.array(each, dtype=np.int64).tobytes() for each in hashes.values()],
+            "lines": [low[stratum] for stratum in hashes],
+        }
+
+
+def _row(line: bytes, file: str, place: int) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, rows.WrongRow):
         try:
-            row = _content(line)
-            stratum = str(row.get("source", ""))
-        except (rows.WrongRow, AttributeError):
-            row = formats.parse_line(line, "messages", file, int(place))  # says what is wrong
-            stratum = str(row.get("source", ""))
-        number = _hash(row, seed)
-        hashes[stratum].append(number)
-        if number <= limits.get(stratum, limit):
-            lines[stratum].append(line)
-    return {
-        "stratum": [*hashes],
-        "hashes": [np.array(each, dtype=np.int64).tobytes() for each in hashes.values()],
-        "lines": [lines[stratum] for stratum in hashes],
-    }
+            row = orjson.loads(line)
+        except ValueError:
+            row = formats.decoded(formats.as_text(line))  # Python reads more: NaN
+        if isinstance(row, dict):
+            return row
+    return formats.parse_line(formats.as_text(line), "messages", file, place)  # says what is wrong
 
 
 @dataclass
 class Stratum:
     """Hashes of all rows, and the lines of low ones."""
 
-    hashes: list[int] = field(default_factory=list)
+    parts: list[np.ndarray] = field(default_factory=list)
     low: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def hashes(self) -> np.ndarray:
+        return np.concatenate(self.parts)
 
 
 def strata(
@@ -86,21 +102,18 @@ def strata(
 ) -> dict[str, Stratum]:
     """The rows of a dataset by stratum; lines where the hash is at most the limit."""
     found: dict[str, Stratum] = defaultdict(Stratum)
-    made = tokenise.lines(uri, num_cpus).map_batches(
-        hashed, fn_args=(seed, limit, limits), num_cpus=num_cpus, batch_size=BATCH_ROWS
-    )
+    made = tokenise.of_parts(formats.parts(uri), hashed, num_cpus, seed, limit, limits)
     for block in tokenise.blocks(made):
         columns = block["stratum"], block["hashes"], block["lines"]
         for name, hashes, lines in zip(*columns, strict=True):
-            numbers = np.frombuffer(hashes, dtype=np.int64).tolist()
-            most = limits.get(str(name), limit)
-            low = (number for number in numbers if number <= most)
-            found[str(name)].hashes += numbers
-            found[str(name)].low += zip(low, map(str, lines), strict=True)
+            numbers, stratum = np.frombuffer(hashes, dtype=np.int64), found[str(name)]
+            stratum.parts.append(numbers)
+            low = numbers[numbers <= limits.get(str(name), limit)]
+            stratum.low += zip(low.tolist(), map(str, lines), strict=True)
     return found
 
 
-def thresholds(strata: Mapping[str, list[int]], fraction: float) -> dict[str, tuple[int, int]]:
+def thresholds(strata: Mapping[str, np.ndarray], fraction: float) -> dict[str, tuple[int, int]]:
     """Stratum -> (largest hash kept, number of rows kept): exactly ceil(fraction * rows)."""
     found = {}
     for stratum, hashes in strata.items():
@@ -132,7 +145,7 @@ def at_random(uris: list[str], fraction: float, seed: int, num_cpus: float) -> l
     while True:
         known = [strata(uri, seed, num_cpus, limit, {}) for uri in uris]
         everything = [each for found in known for each in found.values()]
-        hashes = {"": [number for each in everything for number in each.hashes]}
+        hashes = {"": np.concatenate([each.hashes for each in everything])}
         largest, count = thresholds(hashes, fraction)[""]
         if largest <= limit:
             return _lowest([row for each in everything for row in each.low], count)

@@ -37,6 +37,21 @@ def or_mistake(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[st
     return call
 
 
+def or_mistakes(
+    function: Callable[..., Iterator[dict[str, Any]]],
+) -> Callable[..., Iterator[dict[str, Any]]]:
+    """The same of one that gives several batches for one."""
+
+    @functools.wraps(function)
+    def call(batch: dict[str, Any], *args: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from function(batch, *args)
+        except UserError as error:
+            yield {"mistake": [str(error)]}
+
+    return call
+
+
 def blocks(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     """The blocks of a dataset made by `or_mistake` functions; raises the first mistake."""
     for block in dataset.iter_batches(batch_size=None):
@@ -57,14 +72,25 @@ def lines_of(parts: Sequence[formats.Part], num_cpus: float) -> ray.data.Dataset
 
     Reading asks for as much of a CPU as what follows: Ray Data then runs both in one worker.
     """
+    return of_parts(parts, _read, num_cpus)
+
+
+def of_parts(
+    parts: Sequence[formats.Part], function: Callable[..., Any], num_cpus: float, *args: Any
+) -> ray.data.Dataset:
+    """What a function makes of each part, which it finds with `part_of`."""
     items = [asdict(part) for part in parts]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return dataset.map_batches(_read, batch_size=1, num_cpus=num_cpus)
+    return dataset.map_batches(function, fn_args=args, batch_size=1, num_cpus=num_cpus)
+
+
+def part_of(batch: dict[str, Any]) -> formats.Part:
+    return formats.Part(str(batch["file"][0]), int(batch["start"][0]), int(batch["end"][0]))
 
 
 def _read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One part -> its rows, a batch at a time."""
-    part = formats.Part(str(batch["file"][0]), int(batch["start"][0]), int(batch["end"][0]))
+    part = part_of(batch)
     rows = formats.read_part(part)
     try:
         while some := list(itertools.islice(rows, BATCH_ROWS)):
