@@ -13,7 +13,7 @@ the head's gradient is formed once.
 
 import torch
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits
 
 
 def reference(
@@ -59,6 +59,7 @@ class _LogProb(torch.autograd.Function):
             logp_N[rows] = logs_NV.gather(1, targets[:, None])[:, 0]
             total_N[rows] = chosen - logp_N[rows]
             entropy_N[rows] = -torch.linalg.vecdot(p_NV, logs_NV)
+            del logs_NV
             if dx_ND is not None:
                 torch.mm(_error(p_NV, targets, x_ND.dtype), w_VD, out=dx_ND[rows])
             elif is_kept:
