@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from bar_ray import log, storage
+from bar_ray.categories import plain
 from bar_ray.graph import Step
 from bar_ray.recipe import STAGES, Dataset, Decontaminate, Expert, Recipe, Stage
 from bar_ray.storage import hub
@@ -125,7 +126,7 @@ class Builder:
         for name in categories:
             dataset = self.recipe.evaluate.categories[name]
             try:
-                data[name], made = self.rows(f"test-{name.replace('/', '-')}", dataset, "prompts")
+                data[name], made = self.rows(f"test-{plain(name)}", dataset, "prompts")
             except storage.StorageError as error:
                 optional = self.recipe.evaluate.unreachable == "skip"
                 if not (optional and dataset.uri.startswith(hub.SCHEME)):

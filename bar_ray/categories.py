@@ -14,6 +14,11 @@ def set_of(category: str) -> str:
     return category.partition("/")[0]
 
 
+def plain(category: str) -> str:
+    """In names of files and steps, which have no slash."""
+    return category.replace("/", "-")
+
+
 def sets(categories: Iterable[str]) -> list[str]:
     """The sets of several categories, or of one with a slash, each once."""
     return list(dict.fromkeys(set_of(name) for name in categories if "/" in name))
@@ -34,8 +39,7 @@ def weights(categories: Iterable[str]) -> dict[str, float]:
 def with_means(scores: Mapping[str, float]) -> dict[str, float]:
     """Scores by category, with those of their sets and the overall one."""
     found = dict(scores)
-    for name in sets(scores):
-        mine = members(name, scores)
-        found[name] = sum(scores[each] for each in mine) / len(mine)
-    found[OVERALL] = sum(weight * scores[name] for name, weight in weights(scores).items())
+    for name in (*sets(scores), OVERALL):
+        counted = weights(members(name, scores))
+        found[name] = sum(weight * scores[each] for each, weight in counted.items())
     return found

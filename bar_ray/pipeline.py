@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from bar_ray import validate
 from bar_ray.builder import Builder
+from bar_ray.categories import plain
 from bar_ray.graph import Step
 from bar_ray.recipe import Recipe
 from bar_ray.types import UserError
@@ -91,7 +92,7 @@ def data_checks(recipe: Recipe, names: Sequence[str] = (), kind: str = "") -> li
     if not names and kind in ("", "prompts"):
         longest = max(found.values())
         steps += [
-            graph.check(f"test-{name.replace('/', '-')}", dataset, "prompts", longest, tokenizer)
+            graph.check(f"test-{plain(name)}", dataset, "prompts", longest, tokenizer)
             for name, dataset in recipe.evaluate.categories.items()
         ]
     return steps

@@ -1,6 +1,7 @@
 """Functions of users, named in recipes and data as `package.module:function`."""
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from bar_ray.types import UserError
 
 
+@functools.cache
 def load(kind: str, path: str) -> Callable[..., Any]:
     """The function; UserError when it is not there, with the nearest one that is."""
     module_name, _, function_name = path.partition(":")

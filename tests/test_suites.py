@@ -166,9 +166,7 @@ def test_mistakes_are_told(override: str, told: str) -> None:
         config.load("conf/tiny.yaml", [override])
 
 
-def test_suites_are_added_to_a_recipe(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_suites_are_added_to_a_recipe(tmp_path: Path) -> None:
     asked = ["evaluate.suites=[knowledge,chat]", f"storage={tmp_path}"]
     found = config.load("conf/tiny.yaml", [*asked, "evaluate.harness={chat/ifeval: mine}"])
     assert found.evaluate.harness == {"knowledge/mmlu": "mmlu", "chat/ifeval": "mine"}

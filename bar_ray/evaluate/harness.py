@@ -8,7 +8,7 @@ reward `code`.
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -17,10 +17,9 @@ import ray
 from ray.exceptions import RayTaskError
 
 from bar_ray.recipe import Evaluate
-from bar_ray.rollout.launch import EngineOptions, engine_arguments, import_vllm, local_folder
+from bar_ray.rollout.launch import engine_arguments, import_vllm, local_folder, offline_options
 from bar_ray.types import UserError, user_error_in
 
-KV_CACHE_BYTES = 256 * 2**20
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 # Of vLLM's arguments, those that lm-eval sets itself, or that leave texts to us.
 NOT_THEIRS = ("model", "skip_tokenizer_init", "logprobs_mode")
@@ -101,15 +100,7 @@ class Unreachable(Exception):
 
 
 def _model(folder: str, settings: Evaluate) -> Any:
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    options = EngineOptions(
-        max_model_len=0,
-        dtype="auto" if on_gpu else "float32",
-        enforce_eager=not on_gpu,
-        kv_cache_bytes=None if on_gpu else KV_CACHE_BYTES,
-    )
+    options = offline_options(0)  # its own length is taken
     import_vllm(options)
     with _vllm_by_its_name():
         from lm_eval.models.vllm_causallms import VLLM
@@ -182,27 +173,25 @@ def samples(category: str, task: Task, results: Mapping[str, Any]) -> list[dict[
             if record["filter"] != chosen:
                 continue
             score = record.get(metric)
-            if isinstance(score, bool | int | float) and 0 <= score <= 1:
-                found.append(
-                    {
-                        **{"category": category, "id": f"{name}/{record['doc_id']}"},
-                        **{"completion": _said(record["filtered_resps"]), "score": float(score)},
-                        **{"outcome": "right" if score == 1 else "partly" if score else "wrong"},
-                    }
+            if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
+                raise UserError(
+                    f"evaluate.harness.{category}: {metric} of '{name}' is no score from 0 to 1 "
+                    f"of each item: it is {score!r:.40}; choose another as {task.name}:METRIC, of "
+                    f"{', '.join(_metrics(records))}"
                 )
-                continue
-            raise UserError(
-                f"evaluate.harness.{category}: {metric} of '{name}' is no score from 0 to 1 of "
-                f"each item: it is {score!r:.40}; choose another as {task.name}:METRIC, of "
-                f"{', '.join(_metrics(records))}"
+            found.append(
+                {
+                    **{"category": category, "id": f"{name}/{record['doc_id']}"},
+                    **{"completion": _said(record["filtered_resps"]), "score": float(score)},
+                    **{"outcome": "right" if score == 1 else "partly" if score else "wrong"},
+                }
             )
     return found
 
 
 def _metric(
-    task: Task, name: str, results: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+    task: Task, name: str, results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
 ) -> tuple[str, str]:
-    records = list(records)
     listed = [each["metric"] for each in results["configs"][name].get("metric_list") or ()]
     there, filters = _metrics(records), list(dict.fromkeys(each["filter"] for each in records))
     metric = task.metric or next((m for m in listed if m in there), there[0] if there else "")
@@ -213,10 +202,9 @@ def _metric(
     return metric, task.filter or filters[-1]
 
 
-def _metrics(records: Iterable[Mapping[str, Any]]) -> list[str]:
+def _metrics(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics of a task's items, by the first of them."""
-    first = next(iter(records), {})
-    return [*first.get("metrics", ())]
+    return [*records[0]["metrics"]] if records else []
 
 
 def _said(answers: Any) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bar_ray.categories import plain
 from bar_ray.data import chat
 from bar_ray.recipe import Evaluate
 
@@ -57,7 +58,7 @@ def write(
     for item in items:
         by_category[item["category"]].append(item)
     for category, its in by_category.items():
-        task, file = task_name(category), f"{category.replace('/', '-')}.jsonl"
+        task, file = task_name(category), f"{plain(category)}.jsonl"
         # Ground truths differ in shape, and a column has one type: text.
         rows = [
             {
@@ -74,4 +75,4 @@ def write(
 
 
 def task_name(category: str) -> str:
-    return f"{GROUP}_{category.replace('/', '-')}"
+    return f"{GROUP}_{plain(category)}"

@@ -5,14 +5,12 @@ from typing import Any
 
 from bar_ray.data import chat
 from bar_ray.rollout.launch import (
-    EngineOptions,
     engine_arguments,
     import_vllm,
     local_folder,
+    offline_options,
 )
 from bar_ray.rollout.weights import shared_files
-
-KV_CACHE_BYTES = 256 * 2**20
 
 
 class BatchEngine:
@@ -22,16 +20,8 @@ class BatchEngine:
     """
 
     def __init__(self, place: str, longest: int, max_tokens: int, temperature: float) -> None:
-        import torch
-
-        on_gpu = torch.cuda.is_available()
         folder, self.place = local_folder(place), place
-        options = EngineOptions(
-            max_model_len=longest + max_tokens,
-            dtype="auto" if on_gpu else "float32",
-            enforce_eager=not on_gpu,
-            kv_cache_bytes=None if on_gpu else KV_CACHE_BYTES,
-        )
+        options = offline_options(longest + max_tokens)
         import_vllm(options)
         from vllm import LLM, SamplingParams
 

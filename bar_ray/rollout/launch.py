@@ -15,6 +15,7 @@ from typing import Any
 
 from bar_ray import lean, storage
 
+KV_CACHE_BYTES = 256 * 2**20  # of an offline engine on a CPU
 USABLE = 0.92  # of a device's memory, as vLLM has it
 
 
@@ -38,6 +39,19 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.in_process and self.tensor_parallel_size > 1:
             raise ValueError("tensor parallelism needs worker processes: set in_process=False")
+
+
+def offline_options(max_model_len: int) -> EngineOptions:
+    """Of an engine that answers a set of prompts, on what this machine has."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return EngineOptions(
+        max_model_len=max_model_len,
+        dtype="auto" if on_gpu else "float32",
+        enforce_eager=not on_gpu,
+        kv_cache_bytes=None if on_gpu else KV_CACHE_BYTES,
+    )
 
 
 def local_folder(place: str) -> str:
