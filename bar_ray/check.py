@@ -133,13 +133,9 @@ def run(step: Any, run: Any) -> None:
     answers = answers_of(step, run)
     with run.output(step) as folder:
         parts = list(_parts(formats.files(uri, dataset.files), report))
-        found = tokenise.lines_of(parts, run.light_cpus).map_batches(
-            looked_at,
-            fn_args=(dataset, kind, tokenizer_uri, ray.put(answers)),
-            batch_size=tokenise.BATCH_ROWS,
-            num_cpus=run.light_cpus,
-        )
-        samples = _tally(report, tokenise.blocks(found) if parts else (), settings["seq_len"])
+        beside = dataset, kind, tokenizer_uri, ray.put(answers)
+        blocks = tokenise.blocks(tokenise.of_rows(parts, looked_at, *beside)) if parts else ()
+        samples = _tally(report, blocks, settings["seq_len"])
         if not report.rows and not report.faults:
             _add(report, uri, -1, Fault("", "holds no row"))
         _name_lines(report)

@@ -63,7 +63,11 @@ def test_parquet_rows_are_those_of_jsonl(tmp_path: Path) -> None:
     rows = [{"messages": [message], "tools": [{"name": "f"}], "n": n} for n in range(5)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
     assert list(formats.read_rows(str(tmp_path / "a.parquet"), "messages")) == rows
-    assert len(formats.parts(str(tmp_path / "a.parquet"))) == 3
+    groups = pq.ParquetFile(tmp_path / "a.parquet").metadata
+    for part_bytes, number in ((1, 3), (2 * groups.row_group(0).total_byte_size, 2), (2**20, 1)):
+        parts = formats.parts(str(tmp_path / "a.parquet"), part_bytes=part_bytes)
+        found = [json.loads(line)["n"] for part in parts for _, line in formats.read_part(part)]
+        assert found == [0, 1, 2, 3, 4] and len(parts) == number
     with pytest.raises(UserError, match=r"a.parquet row 1: `text` is missing"):
         list(formats.read_rows(str(tmp_path / "a.parquet"), "text"))
 

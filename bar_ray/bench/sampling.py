@@ -6,6 +6,7 @@ the line as it stands; ours hashes the row's content, whatever the layout of the
 
 import json
 import logging
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import ray.data
 import torch
 
 from bar_ray.bench import rounds
+from bar_ray.cluster import session
 from bar_ray.data import sample
 from bar_ray.data.batches import Batches
 from bar_ray.data.pack import PackStats, Row, TokenShard, write_rows
@@ -75,11 +77,12 @@ def write(path: Path, rows: int) -> None:
 
 def ours(path: Path) -> int:
     if not ray.is_initialized():
+        os.environ |= {**session.RAY_ENVIRONMENT, **os.environ}
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
         ray.init(num_cpus=2, **quiet)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return len(sample.stratified(str(path), FRACTION, 0, 1.0))
+    return len(sample.stratified(str(path), FRACTION, 0))
 
 
 def with_polars(path: Path) -> int:

@@ -44,7 +44,6 @@ class Run:
     recipe: Recipe
     journal: Any
     head: str
-    light_cpus: float = 0.01  # Ray Data workers of a verb that is mostly reading and writing
 
     @classmethod
     def start(cls, recipe: Recipe, run_id: str) -> "Run":

@@ -10,6 +10,7 @@ taken when they are named: in folders of datasets they often are something else.
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -101,22 +102,35 @@ def _that_is_there(file: str) -> list[str]:
 
 
 def parts(uri: str, pattern: str = "", part_bytes: int = PART_BYTES) -> list[Part]:
-    """The pieces of a dataset, in order, of about the given size."""
+    """The pieces of a dataset, in order, of at most about the given size; equal ones of a file."""
     found = []
     for file in files(uri, pattern):
         with storage.explained("read", file):
             filesystem, path = storage.resolve(file)
             if ends_with(file, ".parquet"):
                 with pq.ParquetFile(path, filesystem=filesystem) as reader:
-                    groups = reader.num_row_groups
-                found += [Part(file, group, group + 1) for group in range(groups)]
+                    bounds = _groups(reader.metadata, part_bytes)
             else:
                 size = filesystem.get_file_info(path).size
-                whole = ends_with(file, *PACKED, ".arrow", *DELIMITERS) or _is_array(file)
-                starts = range(0, size, size if whole else part_bytes) if size else ()
-                ends = (NO_END if whole else min(at + part_bytes, size) for at in starts)
-                found += [Part(file, at, end) for at, end in zip(starts, ends, strict=True)]
+                if ends_with(file, *PACKED, ".arrow", *DELIMITERS) or _is_array(file):
+                    bounds = [0, NO_END] if size else []
+                else:
+                    pieces = -(-size // part_bytes)
+                    bounds = [size * piece // pieces for piece in range(pieces + 1) if pieces]
+        found += [Part(file, *both) for both in itertools.pairwise(bounds)]
     return found
+
+
+def _groups(metadata: pq.FileMetaData, part_bytes: int) -> list[int]:
+    """Where parts of a parquet file begin, by row group, and its end; small groups go together."""
+    bounds, size = [0], 0
+    for group in range(metadata.num_row_groups):
+        num_bytes = metadata.row_group(group).total_byte_size
+        if size and size + num_bytes > part_bytes:
+            bounds.append(group)
+            size = 0
+        size += num_bytes
+    return [*bounds, metadata.num_row_groups] if metadata.num_row_groups else []
 
 
 def read_part(part: Part) -> Iterator[tuple[int, str]]:
@@ -219,24 +233,18 @@ def _opened(file: str) -> pa.NativeFile:
 
 def _lines(source: Any, part: Part) -> Iterator[tuple[int, bytes]]:
     """The lines that begin in a part; only a line feed ends one (JSON may hold U+2028 raw)."""
-    place, rest = part.start, b""
+    read, place = io.BufferedReader(source, CHUNK), part.start
     if place:  # the line running into this part belongs to the one before
         source.seek(place - 1)
-        place -= 1
-    skipping = bool(part.start)
-    while chunk := source.read(CHUNK):
-        if not place and not rest and chunk.startswith(BOM):
-            place, chunk = len(BOM), chunk[len(BOM) :]
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if not skipping and place < part.end and line.strip():
-                yield place, line
-            skipping = False
-            place += len(line) + 1
-            if place >= part.end:
-                return
-    if rest.strip() and not skipping:
-        yield place, rest
+        place += len(read.readline()) - 1
+    elif read.peek(len(BOM)).startswith(BOM):
+        place = len(read.read(len(BOM)))
+    for line in read:
+        if place >= part.end:
+            return
+        if not line.isspace():
+            yield place, line.removesuffix(b"\n")
+        place += len(line)
 
 
 def as_text(line: bytes) -> str:

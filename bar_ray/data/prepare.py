@@ -153,13 +153,8 @@ def run(step: Any, run: Any) -> None:
     answers = answers_of(step, run)
     beside = ray.put((_tests(step, run, settings["decontaminate"]), answers))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    read = tokenise.lines(run.locate(step, "rows"), run.light_cpus, dataset.files)
-    made = read.map_batches(
-        prepared_with,
-        fn_args=(dataset, kind, beside),
-        batch_size=tokenise.BATCH_ROWS,
-        num_cpus=run.light_cpus,
-    )
+    parts = formats.parts(run.locate(step, "rows"), dataset.files)
+    made = tokenise.of_rows(parts, prepared_with, dataset, kind, beside)
     counts: Counter[str] = Counter()
     info: dict[str, Any] = {}
     with run.output(step, info) as folder:

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,29 @@ def content_hash(line: str, seed: int) -> int:
         row = orjson.loads(line)
     except ValueError:
         row = formats.decoded(line)  # Python reads more: NaN, and it says what is wrong
-    return _hash(row, seed)
+    hasher = _seeded(seed)
+    hasher.update(_canonical(row))
+    return int(_numbers([hasher.digest()])[0])
 
 
-def _hash(row: Any, seed: int) -> int:
+def _canonical(row: Any) -> bytes:
     try:
-        canonical = orjson.dumps(row, option=orjson.OPT_SORT_KEYS)
+        return orjson.dumps(row, option=orjson.OPT_SORT_KEYS)
     except TypeError:  # an integer of more than 64 bits
-        canonical = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
-    digest = hashlib.blake2b(canonical, digest_size=8, salt=seed.to_bytes(8, "big", signed=True))
-    return int.from_bytes(digest.digest(), "big") >> 2
+        return json.dumps(row, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def _seeded(seed: int) -> Any:
+    return hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "big", signed=True))
+
+
+def _numbers(digests: Sequence[bytes]) -> np.ndarray:
+    return (np.frombuffer(b"".join(digests), dtype=">u8") >> 2).astype(np.int64)
+
+
+def _bound(limit: int) -> bytes:
+    """The largest digest of a hash that is at most the limit: digests sort as their numbers do."""
+    return b"" if limit < 0 else (min(limit, HASHES - 1) << 2 | 3).to_bytes(8, "big")
 
 
 @tokenise.or_mistakes
@@ -53,33 +66,43 @@ def hashed(
 ) -> Iterator[dict[str, list]]:
     """A part -> a row per stratum: all hashes, and the lines whose hash is at most its limit.
 
-    A part's bytes are read, parsed and hashed here: lines do not travel between two functions.
+    A part's bytes are read, parsed and hashed here, and lines travel as one text: what is done for
+    every row is all the time that this takes.
     """
-    part = tokenise.part_of(batch)
+    part, seeded, most = tokenise.part_of(batch), _seeded(seed), _bound(limit)
+    bounds = {stratum: _bound(each) for stratum, each in limits.items()}
     lines = formats.read_bytes(part)
-    while some := list(itertools.islice(lines, MOST_ROWS)):
-        hashes: dict[str, list[int]] = defaultdict(list)
-        low: dict[str, list[str]] = defaultdict(list)
-        for place, line in some:
-            row = _row(line, part.file, place)
-            stratum = str(row.get("source", ""))
-            number = _hash(row, seed)
-            hashes[stratum].append(number)
-            if number <= limits.get(stratum, limit):
-                low[stratum].append(line.decode())
+    while True:
+        digests: dict[str, list[bytes]] = defaultdict(list)
+        low: dict[str, list[bytes]] = defaultdict(list)
+        for place, line in itertools.islice(lines, MOST_ROWS):
+            try:  # calls of functions of ours would be a tenth of the time
+                row = orjson.loads(line)
+                canonical = orjson.dumps(row, option=orjson.OPT_SORT_KEYS)
+            except (ValueError, TypeError):
+                row = _row(line, part.file, place)
+                canonical = _canonical(row)
+            if not isinstance(row, dict):
+                row = _row(line, part.file, place)
+            hasher = seeded.copy()
+            hasher.update(canonical)
+            digest, stratum = hasher.digest(), str(row.get("source", ""))
+            digests[stratum].append(digest)
+            if digest <= bounds.get(stratum, most):
+                low[stratum].append(line)
+        if not digests:
+            return
         yield {
-            "stratum": [*hashes],
-            "hashes": [np.array(each, dtype=np.int64).tobytes() for each in hashes.values()],
-            "lines": [low[stratum] for stratum in hashes],
+            "stratum": [*digests],
+            "hashes": [_numbers(each).tobytes() for each in digests.values()],
+            "lines": [b"\n".join(low[stratum]) for stratum in digests],
         }
 
 
 def _row(line: bytes, file: str, place: int) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, rows.WrongRow):
-        try:
-            row = orjson.loads(line)
-        except ValueError:
-            row = formats.decoded(formats.as_text(line))  # Python reads more: NaN
+    """What Python reads of a line, which is more: NaN and large integers; UserError if no row."""
+    with contextlib.suppress(rows.WrongRow):
+        row = formats.decoded(formats.as_text(line))
         if isinstance(row, dict):
             return row
     return formats.parse_line(formats.as_text(line), "messages", file, place)  # says what is wrong
@@ -97,19 +120,17 @@ class Stratum:
         return np.concatenate(self.parts)
 
 
-def strata(
-    uri: str, seed: int, num_cpus: float, limit: int, limits: Mapping[str, int]
-) -> dict[str, Stratum]:
+def strata(uri: str, seed: int, limit: int, limits: Mapping[str, int]) -> dict[str, Stratum]:
     """The rows of a dataset by stratum; lines where the hash is at most the limit."""
     found: dict[str, Stratum] = defaultdict(Stratum)
-    made = tokenise.of_parts(formats.parts(uri), hashed, num_cpus, seed, limit, limits)
+    made = tokenise.of_parts(formats.parts(uri), hashed, seed, limit, limits)
     for block in tokenise.blocks(made):
         columns = block["stratum"], block["hashes"], block["lines"]
         for name, hashes, lines in zip(*columns, strict=True):
             numbers, stratum = np.frombuffer(hashes, dtype=np.int64), found[str(name)]
             stratum.parts.append(numbers)
-            low = numbers[numbers <= limits.get(str(name), limit)]
-            stratum.low += zip(low.tolist(), map(str, lines), strict=True)
+            low = numbers[numbers <= limits.get(str(name), limit)].tolist()
+            stratum.low += zip(low, lines.decode().split("\n") if low else (), strict=True)
     return found
 
 
@@ -126,24 +147,24 @@ def _limit(fraction: float) -> int:
     return min(HASHES, int(HASHES * fraction * SPARE))
 
 
-def stratified(uri: str, fraction: float, seed: int, num_cpus: float) -> list[str]:
+def stratified(uri: str, fraction: float, seed: int) -> list[str]:
     """The sampled lines of a dataset, by stratum and hash; exact in every stratum."""
     limit = _limit(fraction)
-    found = strata(uri, seed, num_cpus, limit, {})
+    found = strata(uri, seed, limit, {})
     wanted = thresholds({name: each.hashes for name, each in found.items()}, fraction)
     lacking = {name: largest for name, (largest, _) in wanted.items() if largest > limit}
     if lacking:
-        more = strata(uri, seed, num_cpus, -1, lacking)
+        more = strata(uri, seed, -1, lacking)
         found |= {name: more[name] for name in lacking}
     # Rows with equal content have equal hashes: the count cuts them to the exact number.
     return [line for name in sorted(found) for line in _lowest(found[name].low, wanted[name][1])]
 
 
-def at_random(uris: list[str], fraction: float, seed: int, num_cpus: float) -> list[str]:
+def at_random(uris: list[str], fraction: float, seed: int) -> list[str]:
     """The sampled lines of all datasets taken as one: small ones get what falls to them."""
     limit = _limit(fraction)
     while True:
-        known = [strata(uri, seed, num_cpus, limit, {}) for uri in uris]
+        known = [strata(uri, seed, limit, {}) for uri in uris]
         everything = [each for found in known for each in found.values()]
         hashes = {"": np.concatenate([each.hashes for each in everything])}
         largest, count = thresholds(hashes, fraction)[""]
@@ -163,7 +184,7 @@ def run(step: Any, run: Any) -> None:
     """
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     settings = step.settings
-    options = settings["fraction"], settings["seed"], run.light_cpus
+    options = settings["fraction"], settings["seed"]
     counts: dict[str, int] = {}
     with run.output(step, counts) as folder:
         if settings["stratified"]:

@@ -5,11 +5,14 @@ Every stage that trains on the same data at the same length reads the same rows.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import ray
+import ray.data
+from ray.data._internal.execution.resource_manager import ResourceManager
 
 from bar_ray import storage
 from bar_ray.data import chat, formats
@@ -17,6 +20,11 @@ from bar_ray.data.pack import PackStats, pack, write_rows
 from bar_ray.types import UserError
 
 BATCH_ROWS = 512
+LIGHT = 0.01  # CPUs of a task that reads and writes
+
+# Ray Data learns what it may use by asking once a second, from nothing: until the second time one
+# task runs at once, however large the cluster is.
+ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1
 
 
 @functools.cache
@@ -62,26 +70,56 @@ def blocks(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
         yield block
 
 
-def lines(uri: str, num_cpus: float, pattern: str = "") -> ray.data.Dataset:
-    """The rows of a dataset as JSON, with where they stand: columns `line`, `file`, `place`."""
-    return lines_of(formats.parts(uri, pattern), num_cpus)
+def of_rows(
+    parts: Sequence[formats.Part], function: Callable[..., Any], *args: Any
+) -> ray.data.Dataset:
+    """What a function makes of the rows of parts: a batch has columns `line`, `file`, `place`.
 
-
-def lines_of(parts: Sequence[formats.Part], num_cpus: float) -> ray.data.Dataset:
-    """The same of some of its parts.
-
-    Reading asks for as much of a CPU as what follows: Ray Data then runs both in one worker.
+    A line is a row as JSON. Both tasks ask for the same, so Ray Data runs them in one worker.
     """
-    return of_parts(parts, _read, num_cpus)
+    tasks = light_tasks(len(parts))
+    return _of_parts(parts, _read, (), tasks).map_batches(
+        function, fn_args=args, batch_size=BATCH_ROWS, **tasks
+    )
 
 
 def of_parts(
-    parts: Sequence[formats.Part], function: Callable[..., Any], num_cpus: float, *args: Any
+    parts: Sequence[formats.Part], function: Callable[..., Any], *args: Any
 ) -> ray.data.Dataset:
     """What a function makes of each part, which it finds with `part_of`."""
+    return _of_parts(parts, function, args, light_tasks(len(parts)))
+
+
+def _of_parts(
+    parts: Sequence[formats.Part],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    tasks: dict[str, Any],
+) -> ray.data.Dataset:
     items = [asdict(part) for part in parts]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return dataset.map_batches(function, fn_args=args, batch_size=1, num_cpus=num_cpus)
+    return dataset.map_batches(function, fn_args=args, batch_size=1, **tasks)
+
+
+def light_tasks(wanted: int) -> dict[str, Any]:
+    """Options of at most so many tasks that read and write.
+
+    They ask for next to nothing, so that none has to wait for trainings which hold every CPU; and
+    they are at most two to a CPU, as Ray Data takes a while to start one when another has ended.
+    """
+    if not (cpus := _num_cpus()):
+        ray.get(_begun.remote())  # the first node of a cluster that begins with none
+        cpus = _num_cpus()
+    most = max(1, min(wanted, math.ceil(2 * cpus)))
+    return {"num_cpus": LIGHT, "compute": ray.data.TaskPoolStrategy(size=most)}
+
+
+def _num_cpus() -> float:
+    return ray.cluster_resources().get("CPU", 0.0)
+
+
+@ray.remote(num_cpus=LIGHT)
+def _begun() -> None: ...
 
 
 def part_of(batch: dict[str, Any]) -> formats.Part:
@@ -101,7 +139,7 @@ def _read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def parse(batch: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """A batch of `lines` -> checked rows."""
+    """A batch of `of_rows` -> checked rows."""
     rows = []
     for line, file, place in zip(batch["line"], batch["file"], batch["place"], strict=True):
         if place < 0:
@@ -112,7 +150,7 @@ def parse(batch: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 @or_mistake
 def encode(batch: dict[str, Any], tokenizer_uri: str, kind: str) -> dict[str, list]:
-    """A batch of `lines` -> token ids and loss masks."""
+    """A batch of `of_rows` -> token ids and loss masks."""
     tokenizer = tokenizer_of(tokenizer_uri)
     docs = [
         chat.plain_text(tokenizer, row["text"])
@@ -129,12 +167,8 @@ def run(step: Any, run: Any) -> None:
     tokenizer_uri = step.inputs["tokenizer"].artifact.uri
     tokenizer = tokenizer_of(tokenizer_uri)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    encoded = lines(run.locate(step, "rows"), run.light_cpus).map_batches(
-        encode,
-        fn_args=(tokenizer_uri, kind),
-        batch_size=BATCH_ROWS,
-        num_cpus=run.light_cpus,
-    )
+    parts = formats.parts(run.locate(step, "rows"))
+    encoded = of_rows(parts, encode, tokenizer_uri, kind)
     stats = PackStats()
     packed = pack(_docs(encoded), seq_len, chat.pad_id(tokenizer), kind == "text", stats)
     with run.output(step) as folder:
