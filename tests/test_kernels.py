@@ -1,16 +1,26 @@
 """Kernels against their formulas in fp64: outputs, gradients, what is kept; Triton interpreted."""
 
+import itertools
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import average, device, expert_ffn, rmsnorm, swiglu_gate, token_logprob
+from kernels import (
+    average,
+    device,
+    expert_ffn,
+    fused_mean,
+    rmsnorm,
+    swiglu_gate,
+    token_logprob,
+)
 
 SHAPES = [(1, 4, 6, 2), (7, 5, 9, 3), (0, 4, 8, 2), (33, 16, 40, 5)]  # N, D, I, E
 ROOM = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -193,10 +203,16 @@ def in_files(values: Sequence[torch.Tensor], folder: Path) -> list[average.Regio
         path = folder / str(number)
         path.write_bytes(b"...")
         with open(path, "ab", buffering=0) as file:
-            average.write(file, average.as_bytes(value))
+            file.write(average.as_bytes(value))
         size = value.numel() * value.element_size()
         regions.append(average.Region(os.open(path, os.O_RDONLY), 3, size))
     return regions
+
+
+def parts(out: FileIO, offset: int, num_bytes: int, part_bytes: int) -> list[average.Part]:
+    stops = [*range(part_bytes, num_bytes, part_bytes), num_bytes]
+    bounds = itertools.pairwise((0, *stops))
+    return [average.Part(out.fileno(), offset, start, stop) for start, stop in bounds]
 
 
 @pytest.mark.parametrize("dtype", ROOM)
@@ -204,13 +220,47 @@ def in_files(values: Sequence[torch.Tensor], folder: Path) -> list[average.Regio
 def test_mean_of_files(count: int, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(count)
     values = [torch.randn(count).to(dtype) for _ in range(3)]
+    regions = in_files(values, tmp_path)
     with open(tmp_path / "out", "wb", buffering=0) as out:
-        average.mean(in_files(values, tmp_path), dtype, out)
+        for part in reversed(parts(out, 0, regions[0].num_bytes, 3 * average.BLOCK)):
+            average.mean(regions, dtype, part)
     found = torch.frombuffer(bytearray((tmp_path / "out").read_bytes() or b" " * 4), dtype=dtype)
     found = found[:count]
     assert torch.equal(found, average.reference(values))
     exact = torch.stack([value.double() for value in values]).mean(0)
     assert torch.allclose(found.double(), exact, rtol=ROOM[dtype], atol=ROOM[dtype])
+
+
+def test_fused_mean_is_the_reference_bit_for_bit() -> None:
+    """Of every bfloat16 there is: signed zeros, subnormals, infinities, what is no number."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    for rows in (1, 2, 3, 8):
+        torch.manual_seed(rows)
+        values = torch.stack([every, *(every[torch.randperm(2**16)] for _ in range(rows - 1))])
+        found = torch.empty_like(every)
+        bits = values.view(torch.uint16).numpy(), found.view(torch.uint16).numpy()
+        fused_mean.mean(*bits, 2**16 - 3)
+        expected = average.reference([*values])
+        is_number = ~expected[:-3].isnan()
+        assert torch.equal(found[:-3].isnan(), ~is_number)
+        same = found[:-3].view(torch.int16) == expected[:-3].view(torch.int16)
+        assert same[is_number].all() and is_number.sum() > 2**15
+
+
+def test_without_numba_means_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [torch.randn(5).bfloat16() for _ in range(3)]
+    regions, found = in_files(values, tmp_path), []
+    for missing in (False, True):
+        if missing:
+            monkeypatch.setitem(sys.modules, "kernels.fused_mean", None)
+            monkeypatch.delattr("kernels.fused_mean")
+        average._fused.cache_clear()
+        assert (average._fused() is None) is missing
+        with open(tmp_path / "out", "wb", buffering=0) as out:
+            average.mean(regions, torch.bfloat16, average.Part(out.fileno(), 0, 0, 10))
+        found.append((tmp_path / "out").read_bytes())
+    average._fused.cache_clear()
+    assert found[0] == found[1]
 
 
 def test_mean_of_bf16_is_rounded_once() -> None:
@@ -231,9 +281,10 @@ def test_bytes_are_copied(count: int, tmp_path: Path) -> None:
     content = torch.randn(count)
     (region,) = in_files([content], tmp_path)
     with open(tmp_path / "out", "wb", buffering=0) as out:
-        average.write(out, memoryview(b"head"))
-        average.copy(region, out)
-        average.write(out, memoryview(b"tail"))
+        average.write(out.fileno(), memoryview(b"head"), 0)
+        average.write(out.fileno(), memoryview(b"tail"), 4 + region.num_bytes)
+        for part in reversed(parts(out, 4, region.num_bytes, average.COPY_BYTES + 4)):
+            average.copy(region, part)
     assert (tmp_path / "out").read_bytes() == b"head" + bytes(average.as_bytes(content)) + b"tail"
 
 
@@ -242,7 +293,7 @@ def test_a_file_that_ends_early_is_told(tmp_path: Path) -> None:
     with open(tmp_path / "out", "wb", buffering=0) as out:
         for act in (average.copy, lambda *a: average.mean([a[0]], torch.float32, a[1])):
             with pytest.raises(EOFError):
-                act(region._replace(num_bytes=80), out)
+                act(region, average.Part(out.fileno(), 0, 0, 80))
 
 
 # --- Triton ---------------------------------------------------------------------------------------

@@ -6,12 +6,15 @@ family, whatever its files say (`bar_ray.families`):
 `model.layers.N.mlp.experts.E.gate_proj.weight` and `model.layers.N.mlp.gate.weight` [E, D].
 """
 
+import contextlib
 import functools
 import json
+import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -23,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from bar_ray import families
 from bar_ray.types import UserError
 from kernels import average
-from kernels.average import Region
+from kernels.average import Part, Region
 
 SHARD_BYTES = 5 * 2**30
 SIDE_FILES = (
@@ -38,7 +41,10 @@ ROUTER_ROW = re.compile(r"\.mlp\.gate\.rows\.(\d+)$")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 WRITTEN = {**DTYPES, torch.uint8: "U8"}  # codes of an optimizer's state too
 
-Content = torch.Tensor | Callable[[FileIO], None]  # of a tensor: itself, or what appends its bytes
+PART_BYTES = 16 * 2**20  # written by one thread
+MOST_THREADS = 4  # one file takes one write at a time
+
+Content = torch.Tensor | Callable[[Part], None]  # of a tensor: itself, or what writes parts of it
 
 
 def role_of(name: str) -> str:
@@ -214,7 +220,7 @@ def write_safetensors(
     tensor: Callable[[str], Content],
     disk: Callable[[str], str] = str,
 ) -> None:
-    """One safetensors file, tensor by tensor (format: u64 header length, JSON header, bytes).
+    """One safetensors file (format: u64 header length, JSON header, bytes).
 
     `disk` gives the name of a tensor in the file. The widest types come first, so that every tensor
     is aligned for those who map the file.
@@ -232,16 +238,38 @@ def write_safetensors(
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb", buffering=0) as file:
-        average.write(file, memoryview(struct.pack("<Q", len(encoded)) + encoded))
+    begin = struct.pack("<Q", len(encoded)) + encoded
+    with open(path, "wb", buffering=0) as file, _threads() as pool:
+        out, at = file.fileno(), len(begin)
+        average.reserve(out, at + offset)
+        average.write(out, memoryview(begin), 0)
+        pending = []
         for name, spec in specs.items():
             content = tensor(name)
             if isinstance(content, torch.Tensor):
                 if tuple(content.shape) != spec.shape:
                     raise ValueError(f"{name} has shape {tuple(content.shape)}, not {spec.shape}")
-                average.write(file, average.as_bytes(content.to(spec.dtype).contiguous()))
+                average.write(out, average.as_bytes(content.to(spec.dtype).contiguous()), at)
             else:
-                content(file)
+                for start in range(0, spec.num_bytes, PART_BYTES):
+                    stop = min(start + PART_BYTES, spec.num_bytes)
+                    pending.append(pool.submit(content, Part(out, at, start, stop)))
+            at += spec.num_bytes
+        for each in pending:
+            each.result()
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads in each of which torch computes with one; what they have not begun is left undone."""
+    before = torch.get_num_threads()
+    count = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def same_specs(first: Checkpoint, second: Checkpoint, names: Iterable[str]) -> None:
