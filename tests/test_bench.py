@@ -100,3 +100,22 @@ def test_figures_of_a_run_come_from_its_metrics() -> None:
     assert side["learner_waits"] == pytest.approx(0.25)
     assert (side["reward_first"], side["reward_last"]) == (pytest.approx(0.2), pytest.approx(0.8))
     assert (side["staleness_max"], side["requeued"]) == (10, 10)
+
+
+@pytest.mark.parametrize(("room_s", "counted"), [(0.0, 3), (60.0, 5)])
+def test_a_slow_machine_has_fewer_rounds_but_some(
+    room_s: float, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "ROOM_S", room_s)
+    calls = {"ours": 0, "peer": 0}
+
+    def side(name: str) -> Callable[[], float]:
+        def act() -> float:
+            calls[name] += 1
+            return 1.0 if name == "ours" else 2.0
+
+        return act
+
+    row = rounds.measure("x", {name: side(name) for name in calls}, 5)
+    assert set(calls.values()) == {counted + 1}  # one is not counted
+    assert row.ratios[0].shown == "2.00 (2.00 to 2.00)" and row.about["rounds"] == str(counted)

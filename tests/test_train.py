@@ -2,18 +2,20 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bar_ray.data.batches import MicroBatch
 from bar_ray.model import experts, fused
-from bar_ray.recipe import Grpo
+from bar_ray.recipe import Grpo, Stage
 from bar_ray.rollout.records import Trajectory
-from bar_ray.stages import learner
+from bar_ray.stages import learner, lm
 from bar_ray.train import grpo
 from bar_ray.train.loss import language_model_loss, router_z, token_logprobs
 from bar_ray.train.schedule import rate
+from kernels import device
 
 
 @pytest.fixture
@@ -199,3 +201,24 @@ def test_trajectories_pack_into_rows_in_the_order_of_their_logprobs(model: torch
     parts = [learner.as_micro_batch([[t]], 10) for row in rows for t in row]
     alone = [token_logprobs(model, part)[0] for part in parts]
     assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_it", "told"),
+    [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)],
+)
+def test_bfloat16_that_a_cpu_lacks_is_told(
+    dtype: str, has_it: bool, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    worker = object.__new__(lm.Worker)
+    worker.rank, worker.step, worker.stage = 0, None, Stage(dtype=dtype)
+    worker.engine = SimpleNamespace(device=torch.device("cpu"))
+    worker.run = SimpleNamespace(say=lambda step, line: lines.append(line))
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda: has_it)
+    worker._warn()
+    assert len(lines) == told and all("dtype: float32" in line for line in lines)
+
+
+def test_whether_a_cpu_has_bfloat16_is_known() -> None:
+    assert device.multiplies_bfloat16() in (True, False)

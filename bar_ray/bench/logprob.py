@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from trl.kernels import ChunkedLogProbFunction
 
-from bar_ray.bench import rounds
+from bar_ray.bench import rounds, training
 from kernels import token_logprob
 
 TOKENS, WIDTH, VOCAB = 1024, 512, 100_352
@@ -38,9 +38,9 @@ SIDES = {"ours": ours, "naive": naive, "Liger's chunks": liger_chunks, "TRL": tr
 
 def prepared(name: str, head_learns: bool, threads: int) -> Callable[[], None]:
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, WIDTH, generator=generator).bfloat16().requires_grad_()
-    w = (torch.randn(VOCAB, WIDTH, generator=generator) / WIDTH**0.5).bfloat16()
+    generator, dtype = torch.Generator().manual_seed(0), training.dtype_here()
+    x = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    w = (torch.randn(VOCAB, WIDTH, generator=generator) / WIDTH**0.5).to(dtype)
     w.requires_grad_(head_learns)
     targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
     form = SIDES[name]
@@ -60,7 +60,8 @@ def run(num_rounds: int = 3) -> list[rounds.Row]:
         threads = torch.get_num_threads()
         memory = {n: rounds.peak_mib(prepared, n, head_learns, threads)[1] for n in SIDES}
         sides = {name: prepared(name, head_learns, threads) for name in SIDES}
-        what = f"log-probabilities, head {'learns' if head_learns else 'frozen'}"
+        dtype = str(training.dtype_here()).removeprefix("torch.")
+        what = f"log-probabilities, head {'learns' if head_learns else 'frozen'}, {dtype}"
         shown = {f"{name}, MiB": f"{each:.0f}" for name, each in memory.items()}
         found.append(rounds.measure(what, sides, num_rounds, **shown))
     return found

@@ -13,6 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+LEAST_ROUNDS = 3
+ROOM_S = 30.0  # for one measurement, as far as so many rounds allow it
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -42,10 +45,16 @@ class Row:
 
 
 def measure(what: str, sides: Mapping[str, Callable[[], Any]], rounds: int, **about: str) -> Row:
-    """The first side is ours. A first round is not counted: it warms everything up."""
+    """The first side is ours. A first round is not counted: it warms everything up.
+
+    On a slow machine there are fewer rounds, but three at least.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
+    began = time.perf_counter()
     for number in range(rounds + 1):
+        if number > LEAST_ROUNDS and time.perf_counter() - began > ROOM_S:
+            break
         for name in order[number % len(order) :] + order[: number % len(order)]:
             gc.collect()
             started = time.perf_counter()
@@ -53,6 +62,7 @@ def measure(what: str, sides: Mapping[str, Callable[[], Any]], rounds: int, **ab
             taken = time.perf_counter() - started
             seconds[name].append(told if isinstance(told, float) else taken)
     ours, *peers = order
+    about = {**about, "rounds": str(len(seconds[ours]) - 1)}
     warm = {name: each[1:] for name, each in seconds.items()}
     ratios = tuple(ratio(name, warm[name], warm[ours]) for name in peers)
     return Row(what, median(warm[ours]), ratios, about)

@@ -22,6 +22,7 @@ from bar_ray.data.batches import MicroBatch
 from bar_ray.model import freeze, fused, tensors
 from bar_ray.recipe import Learn, Run, Stage
 from bar_ray.train.loss import token_logprobs
+from kernels import device
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 128},
@@ -38,8 +39,13 @@ ROWS, LENGTH, MERGED = 8, 256, 5  # MERGED: experts of the model whose router le
 Step = Callable[[], None]
 
 
-def run(num_rounds: int = 7, dtype: torch.dtype = torch.bfloat16) -> list[rounds.Row]:
-    found = []
+def dtype_here() -> torch.dtype:
+    """bfloat16 where the CPU has it: elsewhere the products would be all that is measured."""
+    return torch.bfloat16 if device.multiplies_bfloat16() else torch.float32
+
+
+def run(num_rounds: int = 7) -> list[rounds.Row]:
+    found, dtype = [], dtype_here()
     with tempfile.TemporaryDirectory() as place:
         for size, shape in SIZES.items():
             for stage, learn in STAGES.items():
@@ -154,8 +160,9 @@ def _our_trainer(folder: Path, place: str) -> Callable[[], float]:
     store = f"file://{place}/store"
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store, rank=0, world_size=1)
-    stage = Stage(lr=1e-4, learn=STAGES["sft"], dtype="bfloat16", run=Run(micro_batch=ROWS))
-    model = fused.load(folder, torch.bfloat16)
+    name = str(dtype_here()).removeprefix("torch.")
+    stage = Stage(lr=1e-4, learn=STAGES["sft"], dtype=name, run=Run(micro_batch=ROWS))
+    model = fused.load(folder, dtype_here())
     engine = Engine(model, stage, num_steps=10**6)
     micro = batch(model.config.vocab_size)
     counts = int(micro.loss_MS.sum()), micro.tokens_MS.numel()
@@ -175,7 +182,7 @@ def _trl_trainer(folder: Path, place: str) -> Callable[[], float]:
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_here())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bool(_kept(name, parameter, STAGES["sft"]).any()))
     rows = batch(model.config.vocab_size).tokens_MS.tolist() * (TRAINER_STEPS + 1)
@@ -187,7 +194,7 @@ def _trl_trainer(folder: Path, place: str) -> Callable[[], float]:
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
-        bf16=False,  # the model is bfloat16 already
+        bf16=False,  # the model has its type already
         use_cpu=True,
         gradient_checkpointing=False,
         max_length=LENGTH,

@@ -23,6 +23,7 @@ from bar_ray.cost import Shape, peak_flops
 from bar_ray.graph import Step, inputs_of
 from bar_ray.recipe import Stage
 from bar_ray.types import UserError, user_error_in
+from kernels import device
 
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -89,6 +90,7 @@ class Worker:
         self.model_folder = on_every_rank(lambda: self.run.fetch(self.step.inputs["model"]))
         self.num_steps = on_every_rank(self.prepare)
         self.engine = Engine(self.load_model(), self.stage, self.num_steps)
+        self._warn()
         self._set_flops()
         self.before_resume()
         self.start(self._resume())
@@ -111,6 +113,12 @@ class Worker:
         self.before_output()
         self._finish(time.monotonic() - started)
         return {"steps": self.engine.step}
+
+    def _warn(self) -> None:
+        is_slow = self.engine.device.type == "cpu" and not device.multiplies_bfloat16()
+        if is_slow and self.stage.dtype == "bfloat16" and self.rank == 0:
+            told = "this CPU has no bfloat16: steps take ten times as long as with dtype: float32"
+            self.run.say(self.step, told)
 
     def prepare(self) -> int:
         """Make the data ready; returns the number of optimizer steps."""
