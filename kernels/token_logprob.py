@@ -38,6 +38,7 @@ def token_logprob(
     """
     if not chunk:
         room = CHUNK_BYTES.get(x_ND.device.type, CHUNK_BYTES["cpu"])
+        room *= x_ND.dtype.itemsize // 2  # products of fp32 want more rows to be fast
         chunk = max(16, room // (4 * len(w_VD)))
     return _LogProb.apply(x_ND, w_VD, targets_N, temperature, chunk)
 

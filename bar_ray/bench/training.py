@@ -140,7 +140,7 @@ def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-TRAINER_STEPS = 8
+TRAINER_STEPS = 4
 
 
 def trainers(num_rounds: int = 3) -> list[rounds.Row]:
