@@ -55,7 +55,7 @@ def test_tasks_begin_at_once_and_are_two_to_a_cpu() -> None:
 
     def slowly(batch: dict) -> dict:
         began = time.monotonic()
-        time.sleep(0.7)
+        time.sleep(1.5)
         return {"began": [began], "ended": [time.monotonic()]}
 
     parts = [formats.Part("a.jsonl", n, n + 1) for n in range(8)]
@@ -67,7 +67,7 @@ def test_tasks_begin_at_once_and_are_two_to_a_cpu() -> None:
     at_once = [sum(began <= at < ended for began, ended in spans) for at, _ in spans]
     assert len(spans) == 8 and max(at_once) == 4
     first = min(began for began, _ in spans)
-    assert sum(began < first + 0.6 for began, _ in spans) == 4
+    assert sum(began < first + 0.8 for began, _ in spans) == 4
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 1.0])
