@@ -112,11 +112,13 @@ def parts(uri: str, pattern: str = "", part_bytes: int = PART_BYTES) -> list[Par
                     bounds = _groups(reader.metadata, part_bytes)
             else:
                 size = filesystem.get_file_info(path).size
-                if ends_with(file, *PACKED, ".arrow", *DELIMITERS) or _is_array(file):
-                    bounds = [0, NO_END] if size else []
+                if not size:
+                    bounds = []
+                elif ends_with(file, *PACKED, ".arrow", *DELIMITERS) or _is_array(file):
+                    bounds = [0, NO_END]
                 else:
                     pieces = -(-size // part_bytes)
-                    bounds = [size * piece // pieces for piece in range(pieces + 1) if pieces]
+                    bounds = [size * piece // pieces for piece in range(pieces + 1)]
         found += [Part(file, *both) for both in itertools.pairwise(bounds)]
     return found
 
