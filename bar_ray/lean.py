@@ -1,14 +1,15 @@
 """Starting without what others import only because it is there.
 
-DeepSpeed's autotuner imports MLflow, and transformers' assisted generation imports scikit-learn,
-which lm-eval brings: seconds of every worker, for parts of them that are never used here.
+DeepSpeed's autotuner imports MLflow, transformers' assisted generation scikit-learn, which lm-eval
+brings, its losses of detection and vLLM's audio SciPy: seconds of every worker, for parts of them
+that are never used here.
 """
 
 import contextlib
 import sys
 from collections.abc import Iterator
 
-UNUSED = ("mlflow", "sklearn")
+UNUSED = ("mlflow", "sklearn", "scipy")
 
 
 @contextlib.contextmanager

@@ -11,15 +11,26 @@ from bar_ray import lean
 from bar_ray.tiny.tokenizer import build_tokenizer
 
 
-def test_workers_start_without_what_they_never_use() -> None:
+def test_workers_start_without_what_they_never_use(tmp_path: Path) -> None:
+    """Though they import engines and models only when they make the first."""
     assert all(map(util.find_spec, lean.UNUSED)), "installed, or this shows nothing"
     program = f"""
-import sys
-from bar_ray import lean
-with lean.imports():
-    import bar_ray.stages.learner, bar_ray.train.engine, transformers.generation.utils
-assert "deepspeed" in sys.modules
-assert not {set(lean.UNUSED)!r} & sys.modules.keys()
+import sys, types
+from bar_ray.stages import start
+
+class Rank:
+    ledger = types.SimpleNamespace(close=lambda: None)
+    def __init__(self, step):
+        import bar_ray.stages.learner
+    def loop(self):
+        import bar_ray.train.engine, transformers.generation.utils
+        return {{"imported": {{*sys.modules}}}}
+
+sys.modules["ranks"] = types.SimpleNamespace(Rank=Rank)
+step = types.SimpleNamespace(artifact=types.SimpleNamespace(uri={str(tmp_path / "none")!r}))
+found = start._work({{"worker": "ranks:Rank", "steps": [step]}})["imported"]
+assert "deepspeed" in found
+assert not {set(lean.UNUSED)!r} & {{m for m in found if sys.modules.get(m)}}
 import {", ".join(lean.UNUSED)}
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

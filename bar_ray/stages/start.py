@@ -106,12 +106,12 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     module, name = config.pop("worker").split(":")
     made: dict[str, Any] = {}
     try:
-        with lean.imports():
+        with lean.imports():  # to the end: engines and models import when they are first made
             rank_of = getattr(importlib.import_module(module), name)
-        for step in config.pop("steps"):
-            if storage.read_manifest(step.artifact.uri) is None:  # else before workers were lost
-                made = _one(rank_of(step=step, **config))
-                gc.collect()  # engines hold themselves; the next step needs their memory
+            for step in config.pop("steps"):
+                if storage.read_manifest(step.artifact.uri) is None:  # else before a loss
+                    made = _one(rank_of(step=step, **config))
+                    gc.collect()  # engines hold themselves; the next step needs their memory
     except Exception as error:
         if mistake := user_error_in(error):
             return {"user_error": str(mistake)}
