@@ -7,13 +7,12 @@ pass holds anyway, and no output of a single expert exists.
 import torch
 import torch.nn.functional as F
 
-from kernels.device import triton, uses_triton
+from kernels.device import rows_in_cache, triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
 
 BLOCK = 1024  # columns of a Triton program
-CACHED_BYTES = 2**20  # of one tensor, on CPU
 
 
 def reference(g_NI: torch.Tensor, u_NI: torch.Tensor, p_N: torch.Tensor) -> torch.Tensor:
@@ -79,9 +78,7 @@ def _backward_torch(
 
 
 def _in_cache(tensor: torch.Tensor) -> list[slice]:
-    """Rows at a time, so that what one step writes is still in the cache for the next."""
-    step = max(1, CACHED_BYTES // (tensor.element_size() * max(1, tensor.shape[1])))
-    return [slice(at, at + step) for at in range(0, len(tensor), step)]
+    return rows_in_cache(len(tensor), tensor.element_size() * tensor.shape[1])
 
 
 if triton is not None:

@@ -135,6 +135,61 @@ def test_nothing_is_formed_below_the_experts_when_nothing_learns_there() -> None
     assert x.grad is None and gates.grad is None and experts[1][2].grad is not None
 
 
+# --- RMSNorm --------------------------------------------------------------------------------------
+
+
+def rmsnorm_agrees(rows: int, width: int, dtype: torch.dtype, beside: str, learns: bool) -> None:
+    torch.manual_seed(rows)
+    x, residual, dy = torch.randn(3, rows, width).to(dtype)
+    w = torch.rand(width).to(dtype)
+    cos, sin = torch.randn(2, rows, 6)
+    inputs = [x, w, residual] if beside == "residual" else [x, w]
+    exact = as_double(inputs)
+    rotary = (cos, sin) if beside == "rotary" else None
+    for tensor in inputs:
+        tensor.requires_grad_(learns or tensor is not w)
+    y = rmsnorm.rmsnorm(x, w, 1e-6, residual if beside == "residual" else None, rotary)
+    wanted_y = rmsnorm.reference(
+        exact[0],
+        exact[1],
+        1e-6,
+        exact[2] if beside == "residual" else None,
+        None if rotary is None else (cos.double(), sin.double()),
+    )
+    near(y, wanted_y, dtype)
+    y.backward(dy)
+    wanted = torch.autograd.grad(wanted_y, exact, dy.double())
+    for tensor, gradient in zip(inputs, wanted, strict=True):
+        if tensor.requires_grad:
+            near(tensor.grad, gradient, dtype)
+    assert learns == (w.grad is not None)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("beside", ["", "residual", "rotary"])
+@pytest.mark.parametrize("dtype", ROOM)
+@pytest.mark.parametrize(("rows", "width"), [(0, 12), (1, 6), (5, 48), (600, 18)])
+def test_rmsnorm(
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    beside: str,
+    learns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device, "CACHED_BYTES", 4 * 18 * 250)  # 600 rows are three blocks
+    rmsnorm_agrees(rows, width, dtype, beside, learns)
+
+
+@pytest.mark.parametrize("dtype", ROOM)
+def test_rmsnorm_keeps_its_input_and_a_number_per_row(dtype: torch.dtype) -> None:
+    x = torch.randn(64, 12, dtype=dtype, requires_grad=True)
+    w, rotary = torch.ones(12, dtype=dtype, requires_grad=True), (torch.randn(64, 6),) * 2
+    run = lambda **beside: rmsnorm.rmsnorm(x, w, 1e-6, **beside)  # noqa: E731
+    for beside in ({}, {"residual": torch.randn(64, 12, dtype=dtype)}, {"rotary": rotary}):
+        assert kept(lambda: run(**beside), less=[x, w, *rotary]) == 4 * 64  # noqa: B023
+
+
 # --- log-probabilities ----------------------------------------------------------------------------
 
 
@@ -322,46 +377,18 @@ def _swiglu_gate_interpreted(rows: int, width: int, dtype: torch.dtype) -> None:
     print("swiglu_gate")
 
 
-def _rmsnorm_interpreted(
-    rows: int, width: int, dtype: torch.dtype, beside: str, learns: bool
-) -> None:
-    x, residual, dy = torch.randn(3, rows, width).to(dtype)
-    w = torch.rand(width).to(dtype)
-    cos, sin = torch.randn(2, rows, 6)
-    inputs = [x, w, residual] if beside == "residual" else [x, w]
-    exact = as_double(inputs)
-    rotary = (cos, sin) if beside == "rotary" else None
-    for tensor in inputs:
-        tensor.requires_grad_(learns or tensor is not w)
-    y = rmsnorm.rmsnorm(x, w, 1e-6, residual if beside == "residual" else None, rotary)
-    wanted_y = rmsnorm.reference(
-        exact[0],
-        exact[1],
-        1e-6,
-        exact[2] if beside == "residual" else None,
-        None if rotary is None else (cos.double(), sin.double()),
-    )
-    near(y, wanted_y, dtype)
-    y.backward(dy)
-    wanted = torch.autograd.grad(wanted_y, exact, dy.double())
-    for tensor, gradient in zip(inputs, wanted, strict=True):
-        if tensor.requires_grad:
-            near(tensor.grad, gradient, dtype)
-    assert learns == (w.grad is not None)
-    print("rmsnorm")
-
-
 def _interpreted() -> None:
+    rmsnorm.PROGRAMS = 8  # less than there are rows
     assert device.uses_triton(torch.zeros(1))
     for dtype in ROOM:
         for rows, width in ((1, 5), (3, 1024), (2, 1500)):
             torch.manual_seed(rows)
             _swiglu_gate_interpreted(rows, width, dtype)
     for dtype in ROOM:
-        for rows, width in ((1, 6), (5, 48), (0, 12), (600, 18)):
+        for rows, width in ((1, 6), (5, 48), (0, 12), (21, 18)):
             for beside in ("", "residual", "rotary"):
-                torch.manual_seed(rows)
-                _rmsnorm_interpreted(rows, width, dtype, beside, learns=rows != 5)
+                rmsnorm_agrees(rows, width, dtype, beside, learns=rows != 5)
+                print("rmsnorm")
 
 
 if __name__ == "__main__":
