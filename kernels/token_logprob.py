@@ -38,7 +38,7 @@ def token_logprob(
     """
     if not chunk:
         room = CHUNK_BYTES.get(x_ND.device.type, CHUNK_BYTES["cpu"])
-        room *= x_ND.dtype.itemsize // 2  # products of fp32 want more rows to be fast
+        room *= 3 if x_ND.dtype == torch.float32 else 1  # whose products of few rows are slow
         chunk = max(16, room // (4 * len(w_VD)))
     return _LogProb.apply(x_ND, w_VD, targets_N, temperature, chunk)
 
@@ -53,14 +53,15 @@ class _LogProb(torch.autograd.Function):
         is_kept, error_NV = needs_w and len(x_ND) <= chunk, None
         for rows in _chunks(len(x_ND), chunk):
             z_NV, targets = _logits(x_ND[rows], w_VD, temperature), targets_N[rows]
-            chosen = z_NV.gather(1, targets[:, None])[:, 0]
-            logs_NV = torch.log_softmax(z_NV, dim=-1)
+            most_N1 = z_NV.amax(-1, keepdim=True)
+            p_NV = torch.exp(z_NV.sub_(most_N1))
+            sum_N = p_NV.sum(-1)
+            log_N = sum_N.log()
+            logp_N[rows] = z_NV.gather(1, targets[:, None])[:, 0] - log_N
+            total_N[rows] = log_N + most_N1[:, 0]
+            entropy_N[rows] = log_N - z_NV.mul_(p_NV).sum(-1) / sum_N
             del z_NV
-            p_NV = torch.exp(logs_NV)
-            logp_N[rows] = logs_NV.gather(1, targets[:, None])[:, 0]
-            total_N[rows] = chosen - logp_N[rows]
-            entropy_N[rows] = -torch.linalg.vecdot(p_NV, logs_NV)
-            del logs_NV
+            p_NV.div_(sum_N[:, None])
             if dx_ND is not None:
                 torch.mm(_error(p_NV, targets, x_ND.dtype), w_VD, out=dx_ND[rows])
             elif is_kept:
