@@ -17,7 +17,7 @@ from bar_ray.cluster.lease import Lease, LeaseLost
 from bar_ray.graph import Step
 from bar_ray.types import UserError
 
-TTL_S = 0.4  # a rival elsewhere is believed for 0.6 s
+TTL_S = 1.0  # a rival elsewhere is believed for 1.5 s: longer than a busy machine stalls
 
 
 def step(name: str, root: str = "/store") -> Step:
