@@ -6,12 +6,31 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 status: list[int] = []
+begun = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "begin no slow test after so many minutes; those left out are told as skipped"
+    parser.addoption("--minutes", type=float, default=float("inf"), help=told)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come last: what they go through was tested before, part by part."""
+    items.sort(key=lambda item: item.get_closest_marker("late") is not None)
+
+
+@pytest.hookimpl(tryfirst=True)  # before anything is set up for the test
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    passed, most = (time.monotonic() - begun) / 60, item.config.getoption("minutes")
+    if passed > most and item.get_closest_marker("slow"):
+        pytest.skip(f"not begun: {passed:.0f} of --minutes {most:g} were over")
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:

@@ -62,6 +62,7 @@ def run(line: str, project: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.late
 def test_every_command_does_what_the_page_says(project: Path) -> None:
     demo, plan, board, check = commands()
     shown = run(demo, project)
