@@ -8,7 +8,6 @@ and within it a value of the rows' `source` column.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import orjson
 import ray
+import xxhash
 
 from bar_ray.data import formats, rows, tokenise
 
@@ -35,9 +35,7 @@ def content_hash(line: str, seed: int) -> int:
         row = orjson.loads(line)
     except ValueError:
         row = formats.decoded(line)  # Python reads more: NaN, and it says what is wrong
-    hasher = _seeded(seed)
-    hasher.update(_canonical(row))
-    return int(_numbers([hasher.digest()])[0])
+    return int(_numbers([xxhash.xxh3_64_digest(_canonical(row), _unsigned(seed))])[0])
 
 
 def _canonical(row: Any) -> bytes:
@@ -47,8 +45,8 @@ def _canonical(row: Any) -> bytes:
         return json.dumps(row, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
 
 
-def _seeded(seed: int) -> Any:
-    return hashlib.blake2b(digest_size=8, salt=seed.to_bytes(8, "big", signed=True))
+def _unsigned(seed: int) -> int:
+    return seed % 2**64
 
 
 def _numbers(digests: Sequence[bytes]) -> np.ndarray:
@@ -69,7 +67,7 @@ def hashed(
     A part's bytes are read, parsed and hashed here, and lines travel as one text: what is done for
     every row is all the time that this takes.
     """
-    part, seeded, most = tokenise.part_of(batch), _seeded(seed), _bound(limit)
+    part, seed, most = tokenise.part_of(batch), _unsigned(seed), _bound(limit)
     bounds = {stratum: _bound(each) for stratum, each in limits.items()}
     lines = formats.read_bytes(part)
     while True:
@@ -84,9 +82,7 @@ def hashed(
                 canonical = _canonical(row)
             if not isinstance(row, dict):
                 row = _row(line, part.file, place)
-            hasher = seeded.copy()
-            hasher.update(canonical)
-            digest, stratum = hasher.digest(), str(row.get("source", ""))
+            digest, stratum = xxhash.xxh3_64_digest(canonical, seed), str(row.get("source", ""))
             digests[stratum].append(digest)
             if digest <= bounds.get(stratum, most):
                 low[stratum].append(line)
