@@ -88,10 +88,11 @@ def picture(rows: Sequence[Row]) -> bytes:
         axes.set_yticks(range(len(marks)), [name for name, _ in reversed(marks)])
         axes.set_xscale("log")
         axes.set_xticks(
-            [0.25, 0.5, 1, 2, 4, 8, 16], labels=["0.25", "0.5", "1", "2", "4", "8", "16"]
+            [1 / 16, 0.25, 0.5, 1, 2, 4, 8, 16],
+            labels=["0.06", "0.25", "0.5", "1", "2", "4", "8", "16"],
         )
         axes.set_xlabel(
-            "peer's time / ours (right of 1: ours is faster); line: lowest to highest round"
+            "peer's time / ours (right of 1: ours is faster)\nline: lowest to highest round"
         )
         axes.grid(axis="x", alpha=0.3)
         file = io.BytesIO()
