@@ -136,10 +136,8 @@ def _turned(
     half = cos_NH.shape[-1] // 2
     first, second, sine = slice(half), slice(half, None), sin_NH[:, None].to(out.dtype)
     for to, other, sign in ((first, second, -1), (second, first, 1)):
-        if back:
-            out[..., to].addcmul_(heads[..., other], sine[..., other], value=-sign)
-        else:
-            out[..., to].addcmul_(heads[..., other], sine[..., to], value=sign)
+        at, value = (other, -sign) if back else (to, sign)
+        out[..., to].addcmul_(heads[..., other], sine[..., at], value=value)
     return out.flatten(-2)
 
 
